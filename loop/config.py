@@ -1,0 +1,282 @@
+"""Every knob: its unit, default, range, and what it means for a resume.
+
+A value comes from the default, else the YAML file given by `--config`, else the flag: default < file < flag.
+Everything that is wrong is reported together, before anything is loaded.
+"""
+
+import argparse
+import collections
+import dataclasses
+import os
+import typing
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.dataclasses import dataclass
+
+from loop.errors import ConfigError
+from loop.foreign_keys import LAUNCH_FILE_KEYS, answer_foreign_keys
+
+Resume = Literal["identity", "resolved", "announced", "free"]
+"""What another value means when a run is resumed.
+
+identity: refused. resolved: a spelling; what it resolves to is in the identity. announced: allowed, recorded, and
+"not bit-exact from step N" is said. free: changes no number of the run.
+"""
+
+
+def knob(default: Any, resume: Resume, help: str, **limits: float) -> Any:
+    """A field with its default (... for none), its meaning for a resume, its help text and pydantic's limits."""
+    field: Any = Field  # mypy cannot match its overloads to forwarded limits
+    return field(default, description=help, json_schema_extra={"resume": resume}, **limits)
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class Config:
+    """One training run. Everything about machines and precision is in the launch config instead.
+
+    Raises: pydantic.ValidationError, a ValueError, that lists every knob out of its range.
+    """
+
+    # What is trained.
+    model_name_or_path: str = knob(..., "resolved", "Hub id or folder of the base model (safetensors)")
+    model_revision: str | None = knob(None, "resolved", "branch, tag or commit of the base on the Hub")
+    dtype: Literal["float32", "bfloat16", "float64"] | None = knob(
+        None, "resolved", "of the frozen base; default bfloat16 on a GPU, float32 on CPU"
+    )
+    lora_r: int = knob(16, "identity", "rank of the update of each target module", ge=1)
+    lora_alpha: int = knob(32, "identity", "the update is scaled by lora_alpha / lora_r", ge=1)
+    lora_dropout: float = knob(0.0, "identity", "share of a LoRA input zeroed in training", ge=0, lt=1)
+    lora_target_modules: tuple[str, ...] | None = knob(
+        None, "identity", "module names, comma-separated, or all-linear; default PEFT's for the architecture"
+    )
+    use_rslora: bool = knob(False, "identity", "scale by lora_alpha / sqrt(lora_r) instead")
+    use_dora: bool = knob(False, "identity", "train the magnitude of each weight column apart (DoRA)")
+    gradient_checkpointing: bool = knob(False, "announced", "recompute activations in backward: memory for time")
+
+    # What it is trained on.
+    dataset_name: str = knob(..., "resolved", "Hub id, or a local .json .jsonl .csv .parquet or .txt file")
+    dataset_config: str | None = knob(None, "resolved", "the Hub dataset's configuration")
+    dataset_revision: str | None = knob(None, "resolved", "branch, tag or commit of the dataset on the Hub")
+    dataset_train_split: str = knob("train", "resolved", "split to train on, such as train or train[:1000]")
+    dataset_test_split: str | None = knob(None, "resolved", "split to hold out whole, instead of eval_fraction")
+    eval_fraction: float = knob(0.0, "identity", "share of the rows held out, drawn by seed", ge=0, lt=1)
+    dataset_text_field: str = knob("text", "identity", "the column that holds the text")
+    text_template: str | None = knob(None, "identity", "text of a row, such as '{quote} - {author}'")
+    prompt_template: str | None = knob(None, "identity", "with completion_template: read, never a target")
+    completion_template: str | None = knob(None, "identity", "with prompt_template: the only targets")
+    max_length: int = knob(512, "identity", "tokens per row, end-of-text included", ge=2)
+    truncation: Literal["truncate", "drop", "error"] = knob("truncate", "identity", "what happens to longer rows")
+
+    # How it is trained.
+    seed: int = knob(42, "identity", "of the split, the order, LoRA's start and dropout", ge=0, lt=2**32)
+    global_batch_size: int = knob(32, "identity", "rows per optimizer step, over all processes", ge=1)
+    micro_batch_tokens: int = knob(2048, "announced", "padded tokens in one forward of one process", ge=2)
+    num_train_epochs: float = knob(3.0, "identity", "passes over the rows; fractions are allowed", gt=0)
+    max_steps: int | None = knob(None, "identity", "optimizer steps; replaces num_train_epochs", ge=1)
+    learning_rate: float = knob(2e-4, "identity", "the schedule's peak, per update", gt=0)
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = knob("linear", "identity", "shape after warm-up")
+    warmup_steps: float = knob(0.0, "identity", "steps from 0 to the peak; below 1 a share of the run", ge=0)
+    weight_decay: float = knob(0.0, "identity", "decoupled, on adapter tensors only", ge=0)
+    adam_beta1: float = knob(0.9, "identity", "decay of the mean of gradients", ge=0, lt=1)
+    adam_beta2: float = knob(0.999, "identity", "decay of the mean of squared gradients", ge=0, lt=1)
+    adam_epsilon: float = knob(1e-8, "identity", "added to the root of the second moment", gt=0)
+    max_grad_norm: float = knob(1.0, "identity", "the gradient's norm is cut to this; 0 leaves it", ge=0)
+    full_determinism: bool = knob(False, "announced", "deterministic kernels; set for CUDA, not yet run there")
+
+    # What is written, and when.
+    output_dir: str = knob(..., "free", "the run's folder")
+    save_steps: int = knob(100, "free", "steps between checkpoints; the last step has one too", ge=1)
+    save_total_limit: int = knob(2, "free", "checkpoints kept; two, so that one is always whole", ge=2)
+    eval_steps: int | None = knob(None, "identity", "steps between held-out losses; always first and last", ge=1)
+    logging_steps: int = knob(10, "free", "steps between lines where there is no progress bar", ge=1)
+    stop_after_steps: int | None = knob(None, "free", "end this command after that many steps", ge=1)
+    resume_from_checkpoint: str = knob("auto", "free", "auto, none, or a checkpoint of output_dir")
+    sample_prompt: str | None = knob(None, "free", "continued by the base before and the adapter after")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_text(cls, value: Any, info: Any) -> Any:
+        """What a flag or YAML 1.1 can only say as text: none, a list; and a YAML `yes` is no number."""
+        expected = TYPES[info.field_name]
+        if type(None) in typing.get_args(expected) and isinstance(value, str) and value.lower() in ("none", "null"):
+            return None
+        if tuple[str, ...] in typing.get_args(expected) and isinstance(value, (str, list, tuple)):
+            names = value.split(",") if isinstance(value, str) else value
+            return tuple(sorted({str(name).strip() for name in names}))
+        if isinstance(value, bool) and expected is not bool:
+            raise ValueError("a true or false of YAML; quote it if it is text")
+        return value
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "Config":
+        errors = list(_contradictions(self))
+        if errors:
+            raise ValueError("\n".join(errors))
+        return self
+
+    def with_resume(self, *roles: Resume) -> dict[str, Any]:
+        """The knobs whose meaning for a resume is one of `roles`, as JSON values."""
+        return {name: value for name, value in _values(self).items() if _resume_of(name) in roles}
+
+
+TYPES = typing.get_type_hints(Config)
+FIELDS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Config)}
+"""Name -> pydantic's FieldInfo: default, description, limits, meaning for a resume."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandLine:
+    """What a command line asks for, and who set each value: default, file or flag."""
+
+    config: Config
+    sources: dict[str, str]
+    print_config: bool
+
+
+def parse_command_line(argv: list[str], num_processes: int = 1) -> CommandLine:
+    """Resolve default < file < flag.
+
+    Raises: ConfigError that lists everything wrong at once; SystemExit(0) after `--help`.
+    """
+    options, flags, errors = _parse_flags(argv)
+    values: dict[str, Any] = {}
+    sources = dict.fromkeys(FIELDS, "default")
+    for source, given in (("file", _read_recipe(options.config, errors) if options.config else {}), ("flag", flags)):
+        foreign = {key: value for key, value in given.items() if key not in FIELDS}
+        errors += answer_foreign_keys(foreign, num_processes, list(FIELDS))
+        for name in given.keys() - foreign.keys():
+            values[name], sources[name] = given[name], source
+    try:
+        config = Config(**values)
+    except ValidationError as error:
+        errors += [_in_words(detail, sources) for detail in error.errors()]
+    if errors:
+        raise ConfigError("\n".join(errors))
+    return CommandLine(config, sources, options.print_config)
+
+
+def config_yaml(config: Config, sources: dict[str, str]) -> str:
+    """The resolved config as YAML that `--config` reads back, each line with who set it."""
+    lines = []
+    for name, value in _values(config).items():
+        text = yaml.safe_dump([value], allow_unicode=True, width=10**6, default_flow_style=True).strip()[1:-1]
+        lines.append(f"{name + ': ' + text:<60}  # {sources.get(name, 'default')}\n")
+    return "".join(lines)
+
+
+def find_recipe(name: str) -> Path:
+    """A path as given, else the packaged recipe of that name. Raises: ConfigError that lists those there are."""
+    folder = Path(str(resources.files("loop"))) / "recipes"
+    for path in (Path(name), folder / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+    raise ConfigError(f"--config: no file and no recipe is named {name!r}; the recipes are {known}")
+
+
+def _parse_flags(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any], list[str]]:
+    parser = argparse.ArgumentParser(prog="loop.train", description="LoRA for a causal LM.", allow_abbrev=False)
+    parser.add_argument("--config", metavar="RECIPE", help="a YAML file, or the name of a recipe")
+    parser.add_argument("--print_config", action="store_true", help="print the resolved config and stop")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for name, field in FIELDS.items():
+        text = f"{field.description} (default {field.default})".replace("%", "%%")
+        optional: dict[str, Any] = {"nargs": "?", "const": "true"} if TYPES[name] is bool else {}
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar="VALUE", help=text, **optional)
+    known, rest = parser.parse_known_args([_underscored(word) for word in argv])
+    flags = {name: value for name, value in vars(known).items() if name in FIELDS}
+    errors, words = [], iter(rest)
+    for word in words:
+        name, equals, value = word[2:].partition("=")
+        if word.startswith("--"):
+            flags[name] = value if equals else next(words, "")
+        else:
+            errors.append(f"{word!r}: unexpected word; every value follows a --flag")
+    return known, flags, errors
+
+
+def _underscored(word: str) -> str:
+    """`--learning-rate=1e-4` as `--learning_rate=1e-4`; values are left alone."""
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without duplicate keys and without aliases, which no config needs and a bomb is made of."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias (*name) is not allowed here")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.YAMLError(f"given twice: {', '.join(twice)}")
+        return super().construct_mapping(node, deep)
+
+
+def _read_recipe(name: str, errors: list[str]) -> dict[str, Any]:
+    """The recipe's values; a path that starts with ./ or ../ is relative to the recipe's own folder."""
+    path = find_recipe(name)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a YAML file of knobs: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: found a {type(values).__name__}, expected lines of 'knob: value'")
+    if LAUNCH_FILE_KEYS & values.keys():
+        launch = f"accelerate launch --config_file {path} -m loop.train --config RECIPE"
+        raise ConfigError(f"--config: {path} is a launch file: {launch}")
+    for knob_name in ("model_name_or_path", "dataset_name"):
+        if str(values.get(knob_name)).startswith(("./", "../")):
+            values[knob_name] = os.path.normpath(path.resolve().parent / values[knob_name])
+    return {str(key): value for key, value in values.items()}
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """What is wrong between knobs that are each in range."""
+    if config.max_length > config.micro_batch_tokens:
+        sizes = f"{config.micro_batch_tokens} cannot hold one row of max_length {config.max_length}"
+        yield f"micro_batch_tokens: {sizes}; raise the first or lower the second"
+    if config.max_steps is not None and config.warmup_steps > config.max_steps:
+        yield f"warmup_steps: {config.warmup_steps:g} is longer than the run, max_steps {config.max_steps}"
+    if (config.prompt_template is None) != (config.completion_template is None):
+        yield "prompt_template, completion_template: one is given, both are needed"
+    if config.prompt_template is not None and config.text_template is not None:
+        yield "text_template: given together with prompt_template; choose one"
+    if config.dataset_test_split is not None and config.eval_fraction > 0:
+        yield "eval_fraction: given together with dataset_test_split; choose one"
+    for name in ("text_template", "prompt_template", "completion_template"):
+        template = getattr(config, name) or ""
+        try:
+            template.format_map(collections.defaultdict(str))
+        except (ValueError, AttributeError, IndexError, TypeError, KeyError) as error:
+            yield f"{name}: found {template!r}: {error}; expected plain columns such as {{quote}}"
+
+
+def _in_words(detail: Any, sources: dict[str, str]) -> str:
+    """One of pydantic's errors as one line (a contradiction may bring several)."""
+    message = str(detail["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    if not detail["loc"]:
+        return message
+    name = str(detail["loc"][0])
+    if detail["type"] in ("missing", "missing_keyword_only_argument"):
+        return f"{name}: missing; give --{name}, or a recipe with --config"
+    return f"{name}: found {detail['input']!r}, {message} ({sources[name]})"
+
+
+def _values(config: Config) -> dict[str, Any]:
+    """Knobs as JSON and YAML values."""
+    values = {name: getattr(config, name) for name in FIELDS}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _resume_of(name: str) -> Resume:
+    return typing.cast(Resume, FIELDS[name].json_schema_extra["resume"])

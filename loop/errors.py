@@ -1,0 +1,31 @@
+"""The ways a run ends early: one exception per exit code, each with a sentence for the user; never a bug of ours."""
+
+
+class LoopError(Exception):
+    """Says what was found, what was expected and what to do."""
+
+    exit_code = 1
+
+
+class ConfigError(LoopError):
+    exit_code = 2  # usage or configuration: nothing was loaded, nothing was written
+
+
+class DataError(LoopError):
+    exit_code = 3  # the dataset cannot be trained on as asked: nothing was written
+
+
+class CheckpointError(LoopError):
+    exit_code = 4  # it does not verify, or belongs to another run: it was left as it was
+
+
+class EnvironmentFault(LoopError):
+    exit_code = 5  # disk, permission or memory: the checkpoints already written are intact
+
+
+class HubError(LoopError):
+    exit_code = 6  # the Hub or the network did not give what was asked for
+
+
+class NonFiniteError(LoopError):
+    exit_code = 7  # a loss, gradient or weight is NaN or infinite: this step did not touch the adapter

@@ -1,0 +1,131 @@
+"""Bytes on disk: written so that they survive the machine, read so that they cannot surprise."""
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+from pathlib import Path
+from typing import Any
+
+from loop.errors import CheckpointError, EnvironmentFault
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one JSON spelling of a value: sorted keys, no spaces, UTF-8, no NaN. Equal values are equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def read_canonical_json(content: bytes, name: Path) -> dict[str, Any]:
+    """Raises: CheckpointError unless `content` is an object, exactly as `canonical_json` writes it."""
+    try:
+        value = json.loads(content)
+        if isinstance(value, dict) and canonical_json(value) == content:
+            return value
+    except (ValueError, RecursionError):
+        pass
+    raise CheckpointError(f"{name}: not the JSON that was written")
+
+
+def read_regular_file(path: Path, limit: int) -> bytes:
+    """A plain file of at most `limit` bytes; links, pipes and devices are refused without blocking on them.
+
+    Raises: CheckpointError.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; expected a regular file") from error
+    with os.fdopen(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            raise CheckpointError(f"{path}: found a link or a special file, expected a regular file")
+        if status.st_size > limit:
+            raise CheckpointError(f"{path}: {status.st_size} bytes, expected {limit}")
+        return file.read(limit)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a new file and wait until the disk has it."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the disk has the names in a folder: a rename is not durable before."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put `content` at `path` in one move: a reader sees the old file or the new one. Equal bytes are left alone."""
+    if path.is_file() and path.read_bytes() == content:
+        return
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.unlink(missing_ok=True)
+    write_synced(temporary, content)
+    temporary.rename(path)
+    sync_folder(path.parent)
+
+
+def commit_folder(folder: Path, files: dict[str, bytes]) -> None:
+    """Make `folder` appear whole, with exactly these files, or not at all; the last file given is written last.
+
+    Raises: EnvironmentFault if the disk refuses; then what was half written is removed and an older folder stays.
+    """
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name, content in files.items():
+            write_synced(temporary / name, content)
+        sync_folder(temporary)
+        if folder.exists():
+            remove_folder(folder)
+        temporary.rename(folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise EnvironmentFault(f"{folder}: not written: {error.strerror}; what was saved before is intact") from error
+
+
+def remove_folder(folder: Path) -> None:
+    """Rename first, so that a kill in the middle leaves nothing that looks whole."""
+    trash = folder.with_name(f".trash-{folder.name}")
+    shutil.rmtree(trash, ignore_errors=True)
+    folder.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def prepare_folder(folder: Path) -> None:
+    """Create a folder, prove before hours are spent that it takes a write, a flush and a rename, and sweep it.
+
+    Raises: EnvironmentFault.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in [*folder.glob(".tmp-*"), *folder.glob(".trash-*")]:  # left by a process that was killed
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        replace_file(folder / ".tmp-probe", b"probe")
+        (folder / ".tmp-probe").unlink()
+    except OSError as error:
+        raise EnvironmentFault(f"output_dir: {folder}: {error.strerror}; expected a writable folder") from error
+
+
+def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """One line for each key whose values differ, with both; nested keys are joined by a dot."""
+    lines: list[str] = []
+    for key in sorted({*was, *now}):
+        old, new = was.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += [f"{key}.{line}" for line in differences(old, new)]
+        elif old != new:
+            lines.append(f"{key} was {old!r:.80}, is {new!r:.80}")
+    return lines

@@ -1,0 +1,82 @@
+"""How a command starts and ends: the accelerator it was launched with, and its exit code and last words."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, DynamoBackend
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from loop.config import Config
+from loop.errors import ConfigError, LoopError
+
+LAUNCHED_PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
+_COLLECTIVE_TIMEOUT = timedelta(hours=2)
+"""Longer than a slow disk or the tokenising of a large dataset, which the others wait for."""
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """The accelerator of the launch config, refused where it would silently do something else than asked.
+
+    Raises: ConfigError.
+    """
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", "bf16"):
+        raise ConfigError(f"mixed_precision: found {asked} in the launch config, expected no or bf16")
+    if asked == "bf16" and config.dtype == "float64":
+        raise ConfigError("dtype: float64 with mixed_precision bf16 in the launch config; autocast would lower it")
+    if config.full_determinism:
+        _make_deterministic()
+    try:
+        accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)])
+    except ValueError as error:  # accelerate's own: bf16 where the device has none
+        raise ConfigError(f"launch config: {str(error).splitlines()[0]}") from error
+    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in supported:
+        raise ConfigError(
+            f"distributed_type: {accelerator.distributed_type.value} is not supported; see launch_configs/"
+        )
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise ConfigError("dynamo_backend: not supported, it would change the bits and names of what is saved")
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ConfigError("gradient_accumulation_steps: the launch config must leave it at 1; set global_batch_size")
+    return accelerator
+
+
+def run_command(command: Callable[[], None], debug: bool = False) -> int:
+    """Run a command to its exit code. The last line on stderr is one sentence; a bug also shows its traceback."""
+    try:
+        command()
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        message, code = _last_words(error)
+        if debug or code == 1:
+            traceback.print_exception(error)
+        if LAUNCHED_PROCESSES > 1:
+            get_error_handler().record_exception(error)  # the launcher has the last word, and quotes this
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, LoopError):
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        return code
+
+
+def _last_words(error: BaseException) -> tuple[str, int]:
+    """One sentence and the exit code."""
+    if isinstance(error, LoopError):
+        return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; the last checkpoint is intact and the same command goes on from it", 130
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of GPU memory; lower micro_batch_tokens or max_length, or set gradient_checkpointing: true", 5
+    return f"a bug of this program: {type(error).__name__}: {error}", 1
+
+
+def _make_deterministic() -> None:
+    """What torch asks for on CUDA (docs: "Reproducibility"); set before the first kernel. Not yet run on a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False

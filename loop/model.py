@@ -1,0 +1,222 @@
+"""The frozen base, the adapter on it, the census of what is trained, and the base's checksum."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from loop.config import Config
+from loop.errors import CheckpointError, ConfigError, HubError
+
+ALL_LINEAR = ("all-linear",)
+_CHECKSUM_WORDS = 1 << 20
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The base's own tokenizer, as it is. Raises: ConfigError for a folder, HubError for a Hub id."""
+    with _clear_errors(config, "tokenizer"):
+        return AutoTokenizer.from_pretrained(
+            config.model_name_or_path, revision=config.model_revision, trust_remote_code=False, token=False
+        )
+
+
+def load_base(config: Config, device: torch.device) -> PreTrainedModel:
+    """The base in one dtype on one device: safetensors only, no code of the repository, no token.
+
+    Raises: ConfigError for a folder, HubError for a Hub id.
+    """
+    dtype = config.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    with _clear_errors(config, "model"):
+        return AutoModelForCausalLM.from_pretrained(
+            config.model_name_or_path,
+            revision=config.model_revision,
+            dtype=getattr(torch, dtype),
+            device_map={"": device} if device.type == "cuda" else None,
+            use_safetensors=True,
+            trust_remote_code=False,
+            token=False,
+        )
+
+
+def base_config(config: Config) -> dict[str, Any]:
+    """The base's `config.json`, without what says where it lay or which version of a library wrote it."""
+    with _clear_errors(config, "config.json"):
+        values, _ = PretrainedConfig.get_config_dict(
+            config.model_name_or_path, revision=config.model_revision, token=False
+        )
+    volatile = ("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype")
+    return {key: value for key, value in values.items() if key not in volatile}
+
+
+def add_adapter(base: PreTrainedModel, config: Config) -> PeftModel:
+    """Freeze the base and put LoRA on it: A random from `seed`, B zero, so that step 0 starts at the base.
+
+    Raises: ConfigError that lists the candidates where a target module names nothing.
+    """
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=_target_modules(base, config.lora_target_modules),
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        bias="none",
+    )
+    torch.manual_seed(config.seed)
+    with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5.23 by a name that it has deprecated
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        model = get_peft_model(base, lora)
+    lora.target_modules = sorted(lora.target_modules or [])  # a set's order changes with Python's hash seed
+    if config.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def causal_lm_of(model: PeftModel) -> PreTrainedModel:
+    """The transformers model that the adapter was put into; its forward runs the adapter too."""
+    causal_lm = model.get_base_model()
+    assert isinstance(causal_lm, PreTrainedModel)
+    return causal_lm
+
+
+def adapted_modules(model: PeftModel) -> list[str]:
+    """The resolved `lora_target_modules`, sorted."""
+    names: list[str] = _lora_config(model).target_modules
+    return names
+
+
+def _lora_config(model: PeftModel) -> Any:
+    return model.peft_config["default"]
+
+
+def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
+    """Every tensor that is trained, by its name in `adapter_model.safetensors`, sorted by name.
+
+    This is the order of the census, of the flat gradient, of the optimizer and of the checkpoint.
+    Raises: ConfigError if nothing is trainable; AssertionError if something outside the adapter is.
+    """
+    saved = get_peft_model_state_dict(model, save_embedding_layers=False)
+    names = {tensor.data_ptr(): name for name, tensor in saved.items()}
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    strangers = [name for name, parameter in trainable.items() if parameter.data_ptr() not in names]
+    assert not strangers, f"trainable, but not part of the adapter: {strangers}"
+    if not trainable:
+        raise ConfigError("lora_target_modules: nothing is trainable")
+    return dict(sorted((names[parameter.data_ptr()], parameter) for parameter in trainable.values()))
+
+
+def restore_adapter(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
+    """Copy saved tensors into the adapter, all or none. Raises: CheckpointError by name."""
+    shapes = {name: (parameter.shape, parameter.dtype) for name, parameter in parameters.items()}
+    found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    if found != shapes:
+        odd = sorted(name for name in {*shapes, *found} if shapes.get(name) != found.get(name))
+        raise CheckpointError(f"adapter_model.safetensors: missing, unexpected or of another shape: {odd[:3]}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def census(model: PeftModel) -> dict[str, Any]:
+    """What is trained and what is not: counts, and name, shape and dtype of each trained tensor."""
+    trained = adapter_parameters(model)
+    return {
+        "trained_parameters": sum(parameter.numel() for parameter in trained.values()),
+        "all_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "base_dtypes": sorted({str(p.dtype)[6:] for p in model.parameters() if not p.requires_grad}),
+        "tensors": {name: [list(p.shape), str(p.dtype)[6:]] for name, p in trained.items()},
+    }
+
+
+def adapter_config_json(model: PeftModel, config: Config) -> bytes:
+    """`adapter_config.json` with sorted keys; the base by its Hub id, or null where it is a local folder."""
+    values = _lora_config(model).to_dict()
+    local = Path(config.model_name_or_path).exists()
+    values |= {
+        "base_model_name_or_path": None if local else config.model_name_or_path,
+        "revision": None if local else getattr(causal_lm_of(model).config, "_commit_hash", None),
+        "inference_mode": True,
+    }
+    values = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+
+
+def base_checksum(model: PeftModel) -> str:
+    """One sha256 over name, shape, dtype and content of every frozen tensor: the base's identity.
+
+    The content of each is reduced where it lies (`tensor_checksum`), so that 14 GB on a GPU are not copied. Taken
+    again after training it proves that no byte of the base moved. A proof against accidents, not against forgery.
+    """
+    trained = {parameter.data_ptr() for parameter in adapter_parameters(model).values()}
+    lines, seen = [], set()
+    for name, tensor in sorted(model.state_dict().items()):
+        place = (tensor.data_ptr(), tuple(tensor.shape))
+        if tensor.data_ptr() in trained or place in seen:
+            continue  # a tied tensor counts once
+        seen.add(place)
+        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        lines.append(f"{plain} {list(tensor.shape)} {tensor.dtype} {tensor_checksum(tensor):016x}\n")
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def tensor_checksum(tensor: Tensor) -> int:
+    """64 bits of a tensor's bytes, equal on every device: the wrapped sum of each 8-byte word mixed with its index.
+
+    Each mix is a bijection of the word, so any change of one word changes the sum; constants of splitmix64
+    (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
+    """
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, flat.numel(), 8 * _CHECKSUM_WORDS):
+        piece = flat[start : start + 8 * _CHECKSUM_WORDS]
+        words = nn.functional.pad(piece, (0, -piece.numel() % 8)).view(torch.int64)
+        index = torch.arange(start // 8, start // 8 + words.numel(), device=tensor.device)
+        mixed = words ^ (index * -7046029254386353131)
+        mixed = (mixed ^ ((mixed >> 30) & (2**34 - 1))) * -4658895280553007687
+        mixed = (mixed ^ ((mixed >> 27) & (2**37 - 1))) * -7723592293110705685
+        total += (mixed ^ ((mixed >> 31) & (2**33 - 1))).sum()
+    return int(total) % 2**64
+
+
+def _target_modules(base: PreTrainedModel, asked: tuple[str, ...] | None) -> list[str]:
+    """The modules to adapt. PEFT itself is silent about a name that matches nothing beside one that does."""
+    head = base.get_output_embeddings()
+    linear = {name: module for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    if asked == ALL_LINEAR:  # PEFT's own rule: every linear module but the head
+        return sorted({name.rsplit(".", 1)[-1] for name, module in linear.items() if module is not head})
+    candidates = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+    names = asked if asked is not None else DEFAULT_TARGETS.get(base.config.model_type)
+    if names is None:
+        raise ConfigError(
+            f"lora_target_modules: PEFT knows no default for {base.config.model_type}; choose of {candidates}"
+        )
+    missing = [name for name in names if not any(m == name or m.endswith("." + name) for m in linear)]
+    if missing:
+        raise ConfigError(f"lora_target_modules: {', '.join(missing)} is not in this model; it has {candidates}")
+    return list(names)
+
+
+@contextmanager
+def _clear_errors(config: Config, what: str) -> Iterator[None]:
+    """What transformers raises while it loads, as one sentence."""
+    name = config.model_name_or_path
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        if Path(name).exists():
+            message = f"model_name_or_path: no {what} in {name}: {first_line}; expected a folder with safetensors"
+            raise ConfigError(message) from error
+        raise HubError(f"model_name_or_path: {name}: {first_line}; expected a folder, or a Hub id") from error

@@ -1,0 +1,74 @@
+"""Which rows a step uses, and how they are cut and dealt to processes: pure functions of the step's number."""
+
+import functools
+import math
+from fractions import Fraction
+
+import numpy as np
+
+ORDER_VERSION = 1
+"""Names the rule below in `run.json`. numpy froze RandomState's stream, so it can be computed again years later."""
+
+
+def num_positions(num_rows: int, num_train_epochs: float, max_steps: int | None, global_batch_size: int) -> int:
+    """Rows drawn over the whole run, repeats over epochs counted; a fraction of an epoch is rounded up."""
+    if max_steps is not None:
+        return max_steps * global_batch_size
+    return math.ceil(Fraction(str(num_train_epochs)) * num_rows)
+
+
+def num_steps(positions: int, global_batch_size: int) -> int:
+    """Optimizer steps of the whole run; the last may hold fewer rows than the others."""
+    return math.ceil(positions / global_batch_size)
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+    """The order of one epoch. Two are kept, because a step may straddle two epochs (8 bytes a row each)."""
+    return np.random.RandomState([seed, epoch]).permutation(num_rows)
+
+
+def draw(step: int, num_rows: int, positions: int, global_batch_size: int, seed: int) -> tuple[int, np.ndarray]:
+    """The epoch of a step's first row, and its rows (positions in the training examples) in drawn order.
+
+    Position p = step * global_batch_size + j is row i of epoch e, where e, i = divmod(p, num_rows): each row
+    exactly once an epoch, none dropped, none repeated to fill a batch.
+    """
+    first = step * global_batch_size
+    last = min(first + global_batch_size, positions)
+    places = [divmod(position, num_rows) for position in range(first, last)]
+    rows = np.array([permutation(seed, epoch, num_rows)[i] for epoch, i in places], dtype=np.int64)
+    return first // num_rows, rows
+
+
+def cut(lengths: np.ndarray, micro_batch_tokens: int, num_processes: int) -> list[np.ndarray]:
+    """Cut rows into micro-batches, sorted by length, longest first; micro-batch k is for process k mod n.
+
+    The number of micro-batches is a multiple of n, so that all processes take part in the same collectives, and as
+    small as the budget of padded tokens (rows x longest) allows. Among such cuts the one whose largest micro-batch
+    is smallest is taken: it costs nothing, evens the processes and lowers the peak. Where rows are too few, the
+    last micro-batches are empty.
+
+    Shapes: lengths (N,), tokens; returns index arrays into it.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    widths = np.asarray(lengths)[order].tolist()
+    if widths and widths[0] > micro_batch_tokens:
+        raise ValueError(f"a row of {widths[0]} tokens is above micro_batch_tokens {micro_batch_tokens}")
+    fewest = len(_fill(widths, micro_batch_tokens))
+    wanted = num_processes * max(1, math.ceil(fewest / num_processes))
+    low, high = (widths[0] if widths else 1), micro_batch_tokens
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_fill(widths, middle)) <= wanted else (middle + 1, high)
+    pieces = np.split(order, _fill(widths, high)[1:]) if widths else []
+    return pieces + [np.array([], dtype=np.int64)] * (wanted - len(pieces))
+
+
+def _fill(widths: list[int], budget: int) -> list[int]:
+    """Where each micro-batch starts, filling one after the other up to `budget` padded tokens."""
+    starts: list[int] = []
+    for index in range(len(widths)):
+        if not starts or (index - starts[-1] + 1) * widths[starts[-1]] > budget:
+            starts.append(index)
+    return starts

@@ -1,0 +1,179 @@
+"""main -> train -> optimizer_step: the only file with control flow over steps."""
+
+import math
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from loop.checkpoint import Checkpoint, prune_checkpoints, write_checkpoint
+from loop.config import Config, config_yaml, parse_command_line
+from loop.errors import NonFiniteError
+from loop.files import replace_file
+from loop.heldout import heldout_loss
+from loop.launch import LAUNCHED_PROCESSES, run_command
+from loop.ledger import LedgerPosition
+from loop.loss import SummedLoss
+from loop.model import adapter_config_json, restore_adapter
+from loop.optim import learning_rate, optimizer_tensors, restore_optimizer
+from loop.record import Record, environment, open_session
+from loop.result import Result, finish, keep_sample, stop
+from loop.resume import find_checkpoint
+from loop.run import Run, describe, prepare_run, rehearse, run_manifest
+from loop.steps import Step
+
+
+def optimizer_step(
+    accelerator: Accelerator,
+    loss: SummedLoss,
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    step: Step,
+    rate: float,
+    config: Config,
+) -> tuple[float, float]:
+    """One update of the adapter; returns the loss in nats per target token and the gradient's norm before clipping.
+
+    Raises: NonFiniteError on every process alike, before the adapter or the moments have moved.
+    """
+    # 1. The divisor first: the targets of the whole step, counted before any forward, equal on every process.
+    scale = 1.0 / step.target_tokens
+
+    # 2. Accumulate the gradient of the mean over the step, then sum it over processes, the loss at its end.
+    losses = []
+    for k, batch in step.micro_batches:
+        seed_dropout(config.seed, step.step, k)
+        loss_sum = loss(batch.to(accelerator.device))
+        accelerator.backward(loss_sum * scale)
+        losses.append(loss_sum.detach() * scale)
+    flat = torch.cat([*(gradient(parameter).flatten() for parameter in parameters), torch.stack(losses).sum().view(1)])
+    flat = accelerator.reduce(flat, "sum")
+    for parameter, summed in zip(parameters, flat[:-1].split([parameter.numel() for parameter in parameters])):
+        parameter.grad = summed.view_as(parameter)
+
+    # 3. Update: refuse what is not finite before anything moves; clip; step; zero.
+    grad_norm = torch.linalg.vector_norm(flat[:-1])
+    mean_loss, norm = torch.stack([flat[-1], grad_norm]).tolist()  # the step's one device sync
+    if not (math.isfinite(mean_loss) and math.isfinite(norm)):
+        raise NonFiniteError(
+            f"step {step.step}: loss {mean_loss}, gradient norm {norm}, rows {step.rows}: the adapter was not touched "
+            "and the last checkpoint is intact; look at these rows, or lower learning_rate in another output_dir"
+        )
+    if config.max_grad_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, grad_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+    # 4. Report what was optimised: the loss over all processes' targets, not one process's sample of it.
+    return mean_loss, norm
+
+
+def gradient(parameter: nn.Parameter) -> Tensor:
+    """The gradient that backward left. Raises: AssertionError if it left none, which would be silent otherwise."""
+    assert parameter.grad is not None, "a trained tensor got no gradient"
+    return parameter.grad
+
+
+def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
+    """Which units are dropped is a function of these three, so nothing of it needs saving."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, micro_batch)).generate_state(1, np.uint64)[0]))
+
+
+def train(config: Config, sources: dict[str, str] | None = None) -> Result:
+    """Train to the end (or `stop_after_steps`), from the newest checkpoint if there is one.
+
+    Raises: any LoopError; whatever was saved before stays valid.
+    """
+    run = prepare_run(config)
+    accelerator, parameters = run.accelerator, list(run.parameters.values())
+    checkpoint, passed_over = find_checkpoint(run.folder, config.resume_from_checkpoint, run.identity)
+    accelerator.wait_for_everyone()  # all have read before the main process writes
+    if checkpoint is not None:
+        restore(run, checkpoint)
+        if checkpoint.step == run.num_steps:
+            return finish(run)
+    head_notice = rehearse(run)
+    first = checkpoint.step if checkpoint else 0
+    last = min(run.num_steps, first + (config.stop_after_steps or run.num_steps))
+    record = open_record(run, checkpoint, sources or {}) if accelerator.is_main_process else None
+    for notice in [*passed_over, *head_notice]:
+        accelerator.print(notice)
+    if checkpoint is None:
+        evaluate(run, record, 0)
+        keep_sample(run, "base")
+    pin = accelerator.device.type == "cuda"
+    for step in DataLoader(run.steps, sampler=range(first, last), batch_size=None, pin_memory=pin):
+        rate = learning_rate(step.step, config, run.num_steps)
+        loss, grad_norm = optimizer_step(accelerator, run.loss, run.optimizer, parameters, step, rate, config)
+        done = step.step + 1
+        if record is not None:
+            record.step(step, loss, grad_norm, rate, accelerator.device)
+        if done == run.num_steps or (config.eval_steps and done % config.eval_steps == 0):
+            evaluate(run, record, done)
+        if record is not None and (done == last or done % config.save_steps == 0):
+            save(run, record, done)
+    if record is not None:
+        record.close()
+    return finish(run) if last == run.num_steps else stop(run, last)
+
+
+def open_record(run: Run, checkpoint: Checkpoint | None, sources: dict[str, str]) -> Record:
+    """Say what is about to run, write `config.yaml` and this session into `run.json`, and open the ledger."""
+    resumed_at = checkpoint.step if checkpoint else None
+    announced = {**environment(run.accelerator), **run.config.with_resume("announced")}
+    print("\n".join(describe(run)), flush=True)
+    for change in open_session(run.folder / "run.json", run_manifest(run), announced, resumed_at):
+        print(f"not bit-exact from step {resumed_at}: {change}", flush=True)
+    replace_file(run.folder / "config.yaml", config_yaml(run.config, sources).encode())
+    start = checkpoint.ledger if checkpoint else LedgerPosition(0, 0, run.identity_sha256)
+    return Record(run.folder, start, resumed_at or 0, run.num_steps, run.config.logging_steps)
+
+
+def restore(run: Run, checkpoint: Checkpoint) -> None:
+    """Put the adapter and the moments back. The base was never in the checkpoint; its checksum is in the identity."""
+    restore_adapter(run.parameters, checkpoint.adapter)
+    restore_optimizer(run.optimizer, run.parameters, checkpoint.optimizer)
+
+
+def evaluate(run: Run, record: Record | None, updates: int) -> None:
+    """Take the held-out loss after `updates` updates, on all processes, if rows were held out."""
+    if len(run.data.heldout) > 0:
+        budget, pad = run.config.micro_batch_tokens, run.steps.pad_token_id
+        loss = heldout_loss(run.accelerator, run.loss, run.data.heldout, budget, pad)
+        if record is not None:
+            record.evaluation(updates, loss, run.data.counts["heldout_target_tokens"])
+            record.pause()
+
+
+def save(run: Run, record: Record, step: int) -> None:
+    """Write the checkpoint after `step` updates, then prune. Main process only; no other waits for its disk."""
+    checkpoint = Checkpoint(
+        step=step,
+        identity=run.identity,
+        ledger=record.synced_position(),
+        adapter_config=adapter_config_json(run.model, run.config),
+        adapter=dict(run.parameters),
+        optimizer=optimizer_tensors(run.optimizer, run.parameters),
+    )
+    folder = run.folder / "checkpoints"
+    prune_checkpoints(folder, write_checkpoint(folder, checkpoint), run.config.save_total_limit)
+    record.pause()
+
+
+def main(argv: list[str]) -> None:
+    """`python -m loop.train`, and with `accelerate launch` in front the same on many processes."""
+    command = parse_command_line(argv, LAUNCHED_PROCESSES)
+    if command.print_config:
+        print(config_yaml(command.config, command.sources), end="")
+    else:
+        train(command.config, command.sources)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: main(sys.argv[1:]), debug="--debug" in sys.argv))
