@@ -113,8 +113,8 @@ def prepare_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for path in [*folder.glob(".tmp-*"), *folder.glob(".trash-*")]:  # left by a process that was killed
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        replace_file(folder / ".tmp-probe", b"probe")
-        (folder / ".tmp-probe").unlink()
+        replace_file(folder / ".probe", b"probe")
+        (folder / ".probe").unlink()
     except OSError as error:
         raise EnvironmentFault(f"output_dir: {folder}: {error.strerror}; expected a writable folder") from error
 

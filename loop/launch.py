@@ -14,9 +14,13 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from loop.config import Config
 from loop.errors import ConfigError, LoopError
 
-LAUNCHED_PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 _COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """Longer than a slow disk or the tokenising of a large dataset, which the others wait for."""
+
+
+def launched_processes() -> int:
+    """How many processes the launcher started, known before they have joined."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -31,15 +35,18 @@ def make_accelerator(config: Config) -> Accelerator:
         raise ConfigError("dtype: float64 with mixed_precision bf16 in the launch config; autocast would lower it")
     if config.full_determinism:
         _make_deterministic()
+    wait = InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)
     try:
-        accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)])
+        # Without a GPU cpu=True: only then does accelerate join several processes, over gloo.
+        accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[wait])
     except ValueError as error:  # accelerate's own: bf16 where the device has none
         raise ConfigError(f"launch config: {str(error).splitlines()[0]}") from error
-    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if accelerator.distributed_type not in supported:
-        raise ConfigError(
-            f"distributed_type: {accelerator.distributed_type.value} is not supported; see launch_configs/"
-        )
+    kind, processes = accelerator.distributed_type, accelerator.num_processes
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ConfigError(f"distributed_type: {kind.value} is not supported; see launch_configs/")
+    if processes != launched_processes():
+        found = f"{launched_processes()} were launched, {processes} joined"
+        raise ConfigError(f"num_processes: {found}; see launch_configs/")
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise ConfigError("dynamo_backend: not supported, it would change the bits and names of what is saved")
     if accelerator.gradient_accumulation_steps != 1:
@@ -56,7 +63,7 @@ def run_command(command: Callable[[], None], debug: bool = False) -> int:
         message, code = _last_words(error)
         if debug or code == 1:
             traceback.print_exception(error)
-        if LAUNCHED_PROCESSES > 1:
+        if launched_processes() > 1:
             get_error_handler().record_exception(error)  # the launcher has the last word, and quotes this
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, LoopError):
             print(f"error: {message}", file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ from loop.config import Config, config_yaml, parse_command_line
 from loop.errors import NonFiniteError
 from loop.files import replace_file
 from loop.heldout import heldout_loss
-from loop.launch import LAUNCHED_PROCESSES, run_command
+from loop.launch import launched_processes, run_command
 from loop.ledger import LedgerPosition
 from loop.loss import SummedLoss
 from loop.model import adapter_config_json, restore_adapter
@@ -168,7 +168,7 @@ def save(run: Run, record: Record, step: int) -> None:
 
 def main(argv: list[str]) -> None:
     """`python -m loop.train`, and with `accelerate launch` in front the same on many processes."""
-    command = parse_command_line(argv, LAUNCHED_PROCESSES)
+    command = parse_command_line(argv, launched_processes())
     if command.print_config:
         print(config_yaml(command.config, command.sources), end="")
     else:

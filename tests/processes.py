@@ -1,0 +1,98 @@
+"""Real runs of `loop.train` in processes of their own, forked from a server that has imported the libraries.
+
+What a process runs is what `python -m loop.train` runs: `run_command` around `main`. Only the import is spared.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.conftest", "loop.train"])
+
+
+@dataclass
+class Launched:
+    """The processes of one run, and the file that all of them write to."""
+
+    processes: list[BaseProcess]
+    log: Path
+
+    def wait(self, timeout: float = 240) -> list[int | None]:
+        """Exit codes; processes that are still there at the end of `timeout` are killed."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.1, deadline - time.monotonic()))
+        self.kill()
+        return [process.exitcode for process in self.processes]
+
+    def kill(self) -> None:
+        """SIGKILL to all of them at once."""
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid or 0, signal.SIGKILL)
+        for process in self.processes:
+            process.join()
+
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+def start(argv: list[str], log: Path, num_processes: int = 1, environment: dict[str, str] | None = None) -> Launched:
+    """Start a run on `num_processes` processes; gloo where there are several."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    processes = []
+    for rank in range(num_processes):
+        places = dict(environment or {})
+        if num_processes > 1:
+            places |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
+            places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(num_processes)}
+        process = SERVER.Process(target=_run, args=(argv, places, str(log)))
+        process.start()
+        processes.append(process)
+    return Launched(processes, log)
+
+
+def run(argv: list[str], log: Path, num_processes: int = 1, environment: dict[str, str] | None = None) -> Launched:
+    """Run to the end. Raises: AssertionError with the output unless every process exits with 0."""
+    launched = start(argv, log, num_processes, environment)
+    codes = launched.wait()
+    assert codes == [0] * num_processes, f"{codes}\n{launched.text()}"
+    return launched
+
+
+def wait_until(happens: Callable[[], bool], launched: Launched, timeout: float = 60) -> bool:
+    """Poll without pause until `happens`; False if the run ended before."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if happens():
+            return True
+        if not launched.alive():
+            return False
+    raise AssertionError(f"nothing happened in {timeout} s\n{launched.text()}")
+
+
+def _run(argv: list[str], environment: dict[str, str], log: str) -> None:
+    os.setsid()
+    os.environ.update(environment)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    from loop.launch import run_command
+    from loop.train import main
+
+    code = run_command(lambda: main(argv))
+    sys.exit(code)
