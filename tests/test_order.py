@@ -119,9 +119,9 @@ def test_the_last_step_may_be_short(positions: int, batch: int, steps: int) -> N
         ([3, 2, 1], 100, 3, [[0], [1], [2]]),  # three processes, one row each
         ([3], 100, 4, [[0], [], [], []]),
         ([], 100, 2, [[], []]),
-        # Four pieces are allowed on two processes, so the largest piece shrinks from 8 padded tokens to 4.
         ([4, 4, 1, 1, 1, 1, 1], 8, 2, [[0, 1], [2, 3, 4, 5, 6]]),
-        ([4, 4, 4, 1, 1, 1], 8, 2, [[0, 1], [2, 3, 4, 5]]),
+        # 8 padded tokens need three pieces, two processes take four: the largest then holds 4.
+        ([4, 4, 4, 1, 1, 1], 8, 2, [[0], [1], [2], [3, 4, 5]]),
     ],
 )
 def test_rows_are_cut_longest_first(
