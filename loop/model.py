@@ -110,6 +110,8 @@ def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     saved = get_peft_model_state_dict(model, save_embedding_layers=False)
     names = {tensor.data_ptr(): name for name, tensor in saved.items()}
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    low = [name for name, parameter in trainable.items() if parameter.dtype.itemsize < 4]
+    assert not low, f"trained below float32, where small updates are lost: {low}"
     strangers = [name for name, parameter in trainable.items() if parameter.data_ptr() not in names]
     assert not strangers, f"trainable, but not part of the adapter: {strangers}"
     if not trainable:

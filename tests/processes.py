@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+NO_NETWORK = {"TESTS_WITHOUT_NETWORK": "1"}
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.conftest", "loop.train"])
 
@@ -88,6 +89,8 @@ def wait_until(happens: Callable[[], bool], launched: Launched, timeout: float =
 def _run(argv: list[str], environment: dict[str, str], log: str) -> None:
     os.setsid()
     os.environ.update(environment)
+    if NO_NETWORK.items() <= environment.items():
+        sys.addaudithook(_refuse_network)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -96,3 +99,10 @@ def _run(argv: list[str], environment: dict[str, str], log: str) -> None:
 
     code = run_command(lambda: main(argv))
     sys.exit(code)
+
+
+def _refuse_network(event: str, _arguments: object) -> None:
+    """An audit hook cannot be taken off, by us or by a library: any use of the network ends the process."""
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+        os.write(2, f"used the network: {event}\n".encode())
+        os._exit(99)

@@ -163,7 +163,7 @@ def test_a_state_that_is_not_finite_is_refused_before_anything_is_written(
     tmp_path: Path, part: str, value: float
 ) -> None:
     checkpoint = small()
-    name, tensor = list(getattr(checkpoint, part).items())[0]
+    name, tensor = next(iter(getattr(checkpoint, part).items()))
     tensor[1, 1] = value
     with pytest.raises(NonFiniteError, match=f"step 7: {name} is not finite; this state was not saved") as refused:
         write_checkpoint(tmp_path / "checkpoints", checkpoint)
@@ -247,8 +247,9 @@ def test_a_spoilt_file_is_refused_by_name(real: Path, spoil: str, name: str) -> 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.safetensors"])
 def test_tensors_of_zeros_behind_a_right_header_are_refused(real: Path, name: str) -> None:
+    names = set(load_file(real / name))
     _zero_body(real / name)
-    assert set(load_file(real / name)) == set(load_file(real / name))  # safetensors itself has no objection
+    assert set(load_file(real / name)) == names  # safetensors itself has no objection
     with pytest.raises(CheckpointError, match=f"{name}: sha256"):
         read_checkpoint(real)
 
@@ -261,13 +262,9 @@ def test_anything_beside_the_files_of_a_checkpoint_is_refused_by_name(real: Path
         read_checkpoint(real)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", FILES[1:])  # adapter_config.json is equal at every step
 def test_a_file_of_another_step_of_the_same_run_is_refused(real: Path, checkpoints: Path, name: str) -> None:
-    other = checkpoints / "step-000002" / name
-    if name == "adapter_config.json":  # equal at every step
-        assert other.read_bytes() == (real / name).read_bytes()
-        return
-    shutil.copyfile(other, real / name)
+    shutil.copyfile(checkpoints / "step-000002" / name, real / name)
     with pytest.raises(CheckpointError, match=name):
         read_checkpoint(real)
 
@@ -334,7 +331,6 @@ LISTED = [name for name in FILES if name != "manifest.json"]
         {"ledger": {**LEDGER, "lines": True}},
         {"ledger": {**LEDGER, "bytes": -1}},
         {"ledger": {**LEDGER, "bytes": 1.5}},
-        {"ledger": {**LEDGER, "head": 5}},
         {"ledger": {**LEDGER, "more": 1}},
         {"ledger": {"lines": 4}},
         {"ledger": []},
@@ -390,7 +386,6 @@ def test_a_manifest_that_names_any_other_path_is_refused_before_it_is_opened(rea
         {"format_version": 2},
         {"identity": []},
         {"identity": None},
-        {"identity": {}},
         {"more": 1},
     ],
     ids=str,
@@ -399,10 +394,6 @@ def test_a_state_outside_the_schema_is_refused_even_with_its_hash_rebuilt(real: 
     path = real / "state.json"
     changed = {**json.loads(path.read_bytes()), **state}
     path.write_bytes(json.dumps(changed, sort_keys=True, separators=(",", ":")).encode())
-    if state == {"identity": {}}:  # an object, if another one: this is for the comparison with the run's to refuse
-        rebuild_manifest(real)
-        assert read_checkpoint(real).identity == {}
-        return
     rebuild_manifest(real)
     with pytest.raises(CheckpointError, match=r"state\.json: "):
         read_checkpoint(real)

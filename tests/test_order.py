@@ -24,12 +24,7 @@ def rows_of_run(num_rows: int, epochs: float, batch: int, seed: int) -> list[lis
 
 @pytest.mark.parametrize(
     ("seed", "epoch", "order"),
-    [
-        (0, 0, [0, 2, 3, 1]),
-        (0, 1, [1, 2, 0, 3]),
-        (42, 0, [4, 0, 3, 1, 2]),
-        (7, 3, [1, 4, 5, 3, 2, 0]),
-    ],
+    [(0, 0, [0, 2, 3, 1]), (0, 1, [1, 2, 0, 3]), (42, 0, [4, 0, 3, 1, 2]), (7, 3, [1, 4, 5, 3, 2, 0])],
 )
 def test_the_order_of_an_epoch_is_the_one_of_order_version_1(seed: int, epoch: int, order: list[int]) -> None:
     assert permutation(seed, epoch, len(order)).tolist() == order
@@ -56,12 +51,7 @@ def test_the_epoch_of_a_step_is_its_first_rows(step: int, epoch: int) -> None:
 
 
 @quick
-@given(
-    num_rows=st.integers(1, 40),
-    epochs=st.integers(1, 4),
-    batch=st.integers(1, 50),
-    seed=st.integers(0, 2**32 - 1),
-)
+@given(num_rows=st.integers(1, 40), epochs=st.integers(1, 4), batch=st.integers(1, 50), seed=st.integers(0, 2**32 - 1))
 def test_every_row_is_drawn_once_an_epoch(num_rows: int, epochs: int, batch: int, seed: int) -> None:
     steps = rows_of_run(num_rows, epochs, batch, seed)
     drawn = sum(steps, [])
@@ -90,7 +80,15 @@ def test_another_seed_and_another_epoch_are_another_order() -> None:
 
 @pytest.mark.parametrize(
     ("num_rows", "epochs", "drawn"),
-    [(10, 1.0, 10), (10, 1.1, 11), (3, 2.5, 8), (10, 0.05, 1), (1000, 0.29, 290), (7, 3.0, 21), (10**9, 0.7, 7 * 10**8)],
+    [
+        (10, 1.0, 10),
+        (10, 1.1, 11),
+        (3, 2.5, 8),
+        (10, 0.05, 1),
+        (1000, 0.29, 290),
+        (7, 3.0, 21),
+        (10**9, 0.7, 7 * 10**8),
+    ],
 )
 def test_a_fraction_of_an_epoch_is_rounded_up_to_a_row(num_rows: int, epochs: float, drawn: int) -> None:
     assert num_positions(num_rows, epochs, None, 4) == drawn
@@ -124,9 +122,7 @@ def test_the_last_step_may_be_short(positions: int, batch: int, steps: int) -> N
         ([4, 4, 4, 1, 1, 1], 8, 2, [[0], [1], [2], [3, 4, 5]]),
     ],
 )
-def test_rows_are_cut_longest_first(
-    lengths: list[int], budget: int, processes: int, pieces: list[list[int]]
-) -> None:
+def test_rows_are_cut_longest_first(lengths: list[int], budget: int, processes: int, pieces: list[list[int]]) -> None:
     assert [piece.tolist() for piece in cut(np.array(lengths), budget, processes)] == pieces
 
 

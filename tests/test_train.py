@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import flags
-from tests.processes import run, start, wait_until
+from tests.processes import NO_NETWORK, run, start, wait_until
 
 Settings = Callable[..., dict[str, Any]]
 
@@ -245,6 +245,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_adapter_moves(
         for folder in (clean["output_dir"], used["output_dir"])
     ]
     assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+
+
+def test_run_on_local_files_opens_no_socket(settings: Settings, tmp_path: Path) -> None:
+    run(flags(settings(eval_fraction=0.1, sample_prompt="A good")), tmp_path / "log", environment=NO_NETWORK)
+    absent = start(flags(settings(model_name_or_path="nobody/nothing")), tmp_path / "hub", environment=NO_NETWORK)
+    assert absent.wait() == [6]  # HF_HUB_OFFLINE; without it the hook itself would end the process
+    assert "nobody/nothing" in absent.text()
 
 
 def assert_same_run(found: Path, expected: Path) -> None:

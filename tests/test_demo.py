@@ -1,0 +1,71 @@
+"""The embedded default: a base that was really pretrained, quotes that it learns from, and a README that is true."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import DEMO_MODEL, QUOTES
+from tests.processes import run
+from tests.test_train import ledger
+
+
+def demo(folder: Path, *more: str) -> list[float]:
+    run(["--config", "demo", "--output_dir", str(folder), *more], folder.with_suffix(".log"))
+    return [line["eval_loss"] for line in ledger(folder) if "eval_loss" in line]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[float]]:
+    folder = tmp_path_factory.mktemp("demo")
+    return {seed: demo(folder / str(seed), "--seed", str(seed)) for seed in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_held_out_loss_falls_by_more_than_four_tenths_of_a_nat(seed: int, trained: dict[int, list[float]]) -> None:
+    assert trained[seed][-1] < trained[seed][0] - 0.4
+
+
+def test_pretrained_base_ends_far_below_a_random_one(
+    trained: dict[int, list[float]], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("random-base")
+    model = AutoModelForCausalLM.from_config(AutoModelForCausalLM.from_pretrained(DEMO_MODEL).config)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
+    random_base = demo(tmp_path / "run", "--model_name_or_path", str(folder), "--seed", "1")
+    assert random_base[0] == pytest.approx(math.log(3072), abs=0.2)
+    assert trained[1][-1] < random_base[-1] - 0.5
+
+
+def test_quotes_have_the_schema_of_english_quotes() -> None:
+    rows = [json.loads(line) for line in QUOTES.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) >= 400
+    assert len({row["quote"] for row in rows}) == len(rows)
+    for row in rows:
+        assert list(row) == ["quote", "author", "tags"]
+        assert isinstance(row["quote"], str)
+        assert isinstance(row["author"], str)
+        assert row["tags"]
+        assert all(isinstance(tag, str) for tag in row["tags"])
+
+
+def test_base_is_a_small_bloom_in_safetensors() -> None:
+    with safe_open(DEMO_MODEL / "model.safetensors", "pt") as file:
+        parameters = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    assert 1_000_000 <= parameters <= 3_000_000
+    assert json.loads((DEMO_MODEL / "config.json").read_text())["model_type"] == "bloom"
+    assert sum(path.stat().st_size for path in DEMO_MODEL.iterdir()) < 6_000_000
+    assert not [path for path in DEMO_MODEL.iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_tokenizer_keeps_pad_eos_and_bos_apart_and_any_text_whole() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}) == 3
+    text = "“A quote’s café — 漢字, עברית, 🙂…”\n\tand a tab"
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert not set(ids) & {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}

@@ -1,0 +1,151 @@
+"""What a reader may rely on before reading: floors, sizes, who owns which package, and that the audit map is true."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LOOP = ROOT / "loop"
+FLOORS = [
+    {"errors", "batch", "foreign_keys"},
+    {"config", "files"},
+    {"data", "order", "collate", "loss", "model", "optim", "ledger", "sample", "launch"},
+    {"checkpoint", "steps", "heldout"},
+    {"resume", "record"},
+    {"run"},
+    {"result"},
+    {"train"},
+]
+OWNERS = {  # outside package -> the only files that may import it
+    "peft": {"model", "run", "sample"},  # run and sample for the name of a type
+    "datasets": {"data"},
+    "pydantic": {"config"},
+    "yaml": {"config", "foreign_keys"},
+    "huggingface_hub": set(),
+    "tqdm": {"record"},
+}
+LIMITS = {"optimizer_step": 45, "train.py": 300, "any function": 60, "reached from train.py": 2000}
+
+
+def tree(module: str) -> ast.Module:
+    return ast.parse((LOOP / f"{module}.py").read_text(encoding="utf-8"))
+
+
+def modules() -> list[str]:
+    return sorted(path.stem for path in LOOP.glob("*.py") if path.stem != "__init__")
+
+
+def imported(module: str) -> set[str]:
+    names = set()
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def own_imports(module: str) -> set[str]:
+    return {name.removeprefix("loop.") for name in imported(module) if name.startswith("loop.")}
+
+
+def reached(module: str) -> set[str]:
+    found, todo = set(), [module]
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found.add(name)
+            todo += own_imports(name)
+    return found
+
+
+def functions(module: str) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(tree(module)) if isinstance(node, ast.FunctionDef)]
+
+
+def test_every_module_stands_on_a_floor() -> None:
+    assert sorted(set().union(*FLOORS)) == modules()
+
+
+@pytest.mark.parametrize("module", modules())
+def test_module_imports_only_lower_floors(module: str) -> None:
+    floor = next(number for number, names in enumerate(FLOORS) if module in names)
+    allowed = set().union(*FLOORS[:floor])
+    if module in ("config", "files"):
+        allowed |= FLOORS[0]
+    assert own_imports(module) <= allowed
+
+
+@pytest.mark.parametrize("package", OWNERS)
+def test_outside_package_is_imported_only_by_its_owner(package: str) -> None:
+    users = {module for module in modules() if any(name.split(".")[0] == package for name in imported(module))}
+    assert users <= OWNERS[package]
+
+
+def test_training_imports_no_command_that_talks_to_the_hub() -> None:
+    assert not reached("train") & {"publish", "merge", "generate", "audit", "report"}
+    assert "token=False" in (LOOP / "model.py").read_text(encoding="utf-8")
+
+
+def test_update_fits_on_one_screen() -> None:
+    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions("train")}
+    docstring = len(
+        (ast.get_docstring(next(n for n in functions("train") if n.name == "optimizer_step")) or "").split("\n")
+    )
+    assert lengths["optimizer_step"] - docstring <= LIMITS["optimizer_step"]
+
+
+def test_no_function_is_longer_than_sixty_lines() -> None:
+    long = {
+        f"{module}.{node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for module in modules()
+        for node in functions(module)
+        if (node.end_lineno or 0) - node.lineno + 1 > LIMITS["any function"]
+    }
+    assert long == {}
+
+
+def test_what_train_imports_can_be_read_in_an_evening() -> None:
+    def lines(module: str) -> int:
+        return sum(1 for line in (LOOP / f"{module}.py").read_text(encoding="utf-8").splitlines() if line.strip())
+
+    assert len((LOOP / "train.py").read_text(encoding="utf-8").splitlines()) <= LIMITS["train.py"]
+    assert sum(lines(module) for module in reached("train")) <= LIMITS["reached from train.py"]
+
+
+def test_nothing_is_unpickled() -> None:
+    for path in LOOP.rglob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        assert "pickle" not in source
+        assert "torch.load" not in source
+
+
+def audit_map() -> list[tuple[str, str]]:
+    """(file, function) of every `file.py::name` in the READMEs."""
+    found = []
+    for readme in (ROOT / "README.md", LOOP / "README.md"):
+        found += re.findall(r"`((?:tests/|loop/)?[\w/]+\.py)::([\w.]+)`", readme.read_text(encoding="utf-8"))
+    return found
+
+
+def test_audit_map_answers_twelve_questions() -> None:
+    text = (LOOP / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+)\. .*\|$", text, flags=re.MULTILINE)
+    assert rows == [str(number) for number in range(1, 13)]
+    for line in (line for line in text.splitlines() if re.match(r"\| \d+\. ", line)):
+        assert re.search(r"`tests/\w+\.py::test_\w+`", line), line
+
+
+@pytest.mark.parametrize(("file", "name"), audit_map())
+def test_entry_of_the_audit_map_exists(file: str, name: str) -> None:
+    path = ROOT / file if file.startswith(("tests/", "loop/")) else LOOP / file
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    assert name.split(".")[-1] in names
