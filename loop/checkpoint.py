@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from loop.errors import CheckpointError, NonFiniteError
@@ -105,12 +106,12 @@ def prune_checkpoints(folder: Path, newest: Path, keep: int) -> None:
 def serialise(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
     """safetensors bytes: a function of names and values only, so equal states are equal bytes."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return safetensors.torch.save(on_cpu, metadata)
+    return save_safetensors(on_cpu, metadata)
 
 
 def _deserialise(content: bytes, path: Path) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load(content)
+        return load_safetensors(content)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not safetensors: {error}") from error
 

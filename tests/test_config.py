@@ -158,7 +158,9 @@ def test_a_value_that_cannot_be_used_is_refused_in_one_line(recipe: Recipe, line
     assert answer.startswith(says)
 
 
-@pytest.mark.parametrize("template", ["{a.b}", "{0}", "{}", "{", "}", "{a", "{a!z}", "{a:d}", "{a[0]}", "{a:{b}}"])
+@pytest.mark.parametrize(
+    "template", ["{a.b}", "{a.upper}", "{0}", "{}", "{", "}", "{a", "{a!z}", "{a:d}", "{a[0]}", "{a:{b}}"]
+)
 @pytest.mark.parametrize("knob", ["text_template", "prompt_template"])
 def test_a_template_of_more_than_columns_is_refused(knob: str, template: str) -> None:
     given = {**REQUIRED, knob: template}
@@ -166,7 +168,7 @@ def test_a_template_of_more_than_columns_is_refused(knob: str, template: str) ->
         given["completion_template"] = "{b}"
     (answer,) = refusal([f"--{name}={value}" for name, value in given.items()])
     assert answer.startswith(f"{knob}: found {template!r}")
-    assert answer.endswith("expected plain columns such as {quote}")
+    assert "expected plain columns such as {quote}" in answer
 
 
 @pytest.mark.parametrize("template", ["{quote}", "“{quote}” – {author}\n", "{{literal}} {a}", "{two words}", "{a:>8}"])
@@ -219,11 +221,11 @@ def test_everything_that_is_wrong_is_said_at_once(recipe: Recipe) -> None:
 
 
 def test_knobs_that_contradict_each_other_are_said_at_once() -> None:
-    argv = ["--max_length=9", "--micro_batch_tokens=8", "--max_steps=1", "--warmup_steps=2", "--text_template={"]
+    argv = ["--max_length=9", "--micro_batch_tokens=8", "--max_steps=1", "--warmup_steps=2", "--prompt_template={a}"]
     assert [line.split(":")[0] for line in refusal([*argv, *REQUIRED_FLAGS])] == [
         "micro_batch_tokens",
         "warmup_steps",
-        "text_template",
+        "prompt_template, completion_template",
     ]
 
 
