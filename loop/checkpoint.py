@@ -77,16 +77,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: missing or unexpected: {', '.join(sorted(odd))}")
     contents = {name: _read_proven(path / name, manifest["files"][name]) for name in FILES}
     state = read_canonical_json(contents["state.json"], path / "state.json")
-    proven = {"format_version": FORMAT_VERSION, "identity": state.get("identity"), "step": manifest["step"]}
-    if state != proven or sha256(canonical_json(state["identity"])) != manifest["identity_sha256"]:
+    identity = state.get("identity")
+    proven = {"format_version": FORMAT_VERSION, "identity": identity, "step": manifest["step"]}
+    same = canonical_json(proven) == contents["state.json"] and isinstance(identity, dict)
+    if not same or sha256(canonical_json(identity)) != manifest["identity_sha256"]:
         raise CheckpointError(f"{path / 'state.json'}: belongs to another checkpoint than the manifest")
     return Checkpoint(
         step=state["step"],
         identity=state["identity"],
         ledger=LedgerPosition(**manifest["ledger"]),
         adapter_config=contents["adapter_config.json"],
-        adapter=_deserialise(contents["adapter_model.safetensors"], path),
-        optimizer=_deserialise(contents["optimizer.safetensors"], path),
+        adapter=_deserialise(contents["adapter_model.safetensors"], path / "adapter_model.safetensors"),
+        optimizer=_deserialise(contents["optimizer.safetensors"], path / "optimizer.safetensors"),
     )
 
 
@@ -120,8 +122,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     """The manifest, if it is whole, of this format, and of the folder it lies in."""
     name = path / "manifest.json"
     manifest = read_canonical_json(read_regular_file(name, _MANIFEST_LIMIT), name)
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(f"{name}: format {manifest.get('format_version')!r}, this program reads {FORMAT_VERSION}")
+    version = manifest.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise CheckpointError(f"{name}: format {version!r}, this program reads {FORMAT_VERSION}")
     if manifest.pop("manifest_sha256", None) != sha256(canonical_json(manifest)):
         raise CheckpointError(f"{name}: its own sha256 does not match; it was changed after it was written")
     try:
@@ -130,6 +133,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         whole = all(type(count) is int and count >= 0 for count in counts)
         whole &= sorted(manifest["files"]) == sorted(FILES) and sorted(manifest["ledger"]) == ["bytes", "head", "lines"]
         whole &= all(sorted(file) == ["bytes", "sha256"] for file in manifest["files"].values())
+        whole &= all(type(file["sha256"]) is str for file in manifest["files"].values())
         whole &= path.name == f"step-{manifest['step']:06d}"
     except (KeyError, TypeError, AttributeError, ValueError):
         whole = False

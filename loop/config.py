@@ -8,6 +8,7 @@ import argparse
 import collections
 import dataclasses
 import os
+import string
 import typing
 from collections.abc import Iterator
 from importlib import resources
@@ -112,6 +113,18 @@ class Config:
             raise ValueError("a true or false of YAML; quote it if it is text")
         return value
 
+    @field_validator("text_template", "prompt_template", "completion_template")
+    @classmethod
+    def _check_template(cls, template: str | None) -> str | None:
+        try:
+            (template or "").format_map(collections.defaultdict(str))
+            for _, column, spec, _ in string.Formatter().parse(template or ""):
+                if column is not None and (column.isdigit() or set(".[{") & {*column, *(spec or "")}):
+                    raise ValueError
+        except (ValueError, LookupError, AttributeError) as error:
+            raise ValueError("expected plain columns such as {quote}") from error
+        return template
+
     @model_validator(mode="after")
     def _check_together(self) -> "Config":
         errors = list(_contradictions(self))
@@ -164,7 +177,8 @@ def config_yaml(config: Config, sources: dict[str, str]) -> str:
     """The resolved config as YAML that `--config` reads back, each line with who set it."""
     lines = []
     for name, value in _values(config).items():
-        text = yaml.safe_dump([value], allow_unicode=True, width=10**6, default_flow_style=True).strip()[1:-1]
+        plain = str(value).isprintable()  # else escaped: YAML folds some line ends that are text here
+        text = yaml.safe_dump([value], allow_unicode=plain, width=10**6, default_flow_style=True).strip()[1:-1]
         lines.append(f"{name + ': ' + text:<60}  # {sources.get(name, 'default')}\n")
     return "".join(lines)
 
@@ -188,13 +202,19 @@ def _parse_flags(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any], l
         text = f"{field.description} (default {field.default})".replace("%", "%%")
         optional: dict[str, Any] = {"nargs": "?", "const": "true"} if TYPES[name] is bool else {}
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar="VALUE", help=text, **optional)
-    known, rest = parser.parse_known_args([_underscored(word) for word in argv])
+    words: list[str] = []
+    for word in argv:  # a word with one dash is the value of the flag before it: --learning_rate -1e-4
+        if words and word.startswith("-") and not word.startswith("--"):
+            words[-1] += "=" + word
+        else:
+            words.append(_underscored(word))
+    known, rest = parser.parse_known_args(words)
     flags = {name: value for name, value in vars(known).items() if name in FIELDS}
-    errors, words = [], iter(rest)
-    for word in words:
+    errors, unknown = [], iter(rest)
+    for word in unknown:
         name, equals, value = word[2:].partition("=")
         if word.startswith("--"):
-            flags[name] = value if equals else next(words, "")
+            flags[name] = value if equals else next(unknown, "")
         else:
             errors.append(f"{word!r}: unexpected word; every value follows a --flag")
     return known, flags, errors
@@ -227,7 +247,7 @@ def _read_recipe(name: str, errors: list[str]) -> dict[str, Any]:
     path = find_recipe(name)
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, KeyError, RecursionError) as error:
         raise ConfigError(f"{path}: not a YAML file of knobs: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: found a {type(values).__name__}, expected lines of 'knob: value'")
@@ -253,12 +273,6 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "text_template: given together with prompt_template; choose one"
     if config.dataset_test_split is not None and config.eval_fraction > 0:
         yield "eval_fraction: given together with dataset_test_split; choose one"
-    for name in ("text_template", "prompt_template", "completion_template"):
-        template = getattr(config, name) or ""
-        try:
-            template.format_map(collections.defaultdict(str))
-        except (ValueError, AttributeError, IndexError, TypeError, KeyError) as error:
-            yield f"{name}: found {template!r}: {error}; expected plain columns such as {{quote}}"
 
 
 def _in_words(detail: Any, sources: dict[str, str]) -> str:

@@ -123,8 +123,11 @@ def _load(config: Config, split: str) -> tuple[Dataset, str | None]:
     datasets.disable_progress_bars()
     try:
         if path.suffix in FILE_FORMATS:
-            _check_text(path)
-            builder = load_dataset_builder(FILE_FORMATS[path.suffix], data_files=str(path), token=False)
+            form = FILE_FORMATS[path.suffix]
+            encoding = (
+                {"encoding": "utf-8-sig"} if form == "text" else {}
+            )  # the others drop a byte order mark themselves
+            builder = load_dataset_builder(form, data_files=str(_by_content(path)), token=False, **encoding)
         else:
             revision = config.dataset_revision
             builder = load_dataset_builder(name, name=config.dataset_config, revision=revision, token=False)
@@ -134,22 +137,38 @@ def _load(config: Config, split: str) -> tuple[Dataset, str | None]:
         return builder.as_dataset(split=split), commit
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         raise HubError(f"dataset_name: {name}: {_first_line(error)}; expected a Hub id or a local file") from error
+    except StopIteration as error:
+        raise DataError(f"dataset_name: {name}: holds no rows") from error
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
         raise DataError(f"dataset_name: {name}: {_first_line(error.__cause__ or error)}") from error
 
 
-def _check_text(path: Path) -> None:
-    """Refuse undecodable text with its offset, which the readers underneath do not tell."""
+def _by_content(path: Path) -> Path:
+    """A link to `path` that is named by its content, which the library's cache then knows it by.
+
+    The library itself goes by modification times and takes a name for a pattern. Text that is not UTF-8 is refused
+    here with its offset, which the readers underneath do not tell.
+    """
     if not path.is_file():
         raise DataError(f"dataset_name: found no file {path}")
-    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    digest, decoder, offset, chunk = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), 0, b" "
     with path.open("rb") as file:
-        while path.suffix != ".parquet" and (chunk := file.read(1 << 20)):
+        while chunk:
+            chunk, pending = file.read(1 << 20), len(decoder.getstate()[0])
+            digest.update(chunk)
             try:
-                decoder.decode(chunk)
+                if path.suffix != ".parquet":
+                    decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
-                raise DataError(f"{path}: not UTF-8 near byte {offset + error.start}; convert the file") from error
+                at = offset - pending + error.start
+                raise DataError(f"{path}: not UTF-8 at byte {at}; convert the file") from error
             offset += len(chunk)
+    link = Path(datasets.config.HF_DATASETS_CACHE) / "by-content" / digest.hexdigest() / f"rows{path.suffix}"
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.exists() or link.resolve() != path.resolve():
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.resolve())
+    return link
 
 
 def _tokenise(source: Dataset, config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:

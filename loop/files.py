@@ -40,13 +40,16 @@ def read_regular_file(path: Path, limit: int) -> bytes:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}; expected a regular file") from error
-    with os.fdopen(handle, "rb") as file:
-        status = os.fstat(handle)
+    status = os.fstat(handle)
+    try:
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
             raise CheckpointError(f"{path}: found a link or a special file, expected a regular file")
         if status.st_size > limit:
             raise CheckpointError(f"{path}: {status.st_size} bytes, expected {limit}")
-        return file.read(limit)
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            return file.read(status.st_size)
+    finally:
+        os.close(handle)
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -80,20 +83,24 @@ def commit_folder(folder: Path, files: dict[str, bytes]) -> None:
 
     Raises: EnvironmentFault if the disk refuses; then what was half written is removed and an older folder stays.
     """
-    temporary = folder.with_name(f".tmp-{folder.name}")
+    temporary, trash = (folder.with_name(f".{kind}-{folder.name}") for kind in ("tmp", "trash"))
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in (temporary, trash):
+            shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, content in files.items():
             write_synced(temporary / name, content)
         sync_folder(temporary)
         if folder.exists():
-            remove_folder(folder)
+            folder.rename(trash)
         temporary.rename(folder)
         sync_folder(folder.parent)
     except OSError as error:
+        if trash.exists() and not folder.exists():
+            trash.rename(folder)
         shutil.rmtree(temporary, ignore_errors=True)
         raise EnvironmentFault(f"{folder}: not written: {error.strerror}; what was saved before is intact") from error
+    shutil.rmtree(trash, ignore_errors=True)
 
 
 def remove_folder(folder: Path) -> None:

@@ -31,7 +31,7 @@ def _batch_answer(given: dict[str, Any], num_processes: int) -> str:
     accumulation = given.get("gradient_accumulation_steps", 1)
     try:
         total = int(rows) * int(accumulation) * num_processes
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return "write global_batch_size, the rows per optimizer step over all processes"
     processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
     return f"{rows} x {accumulation} x {processes} = global_batch_size: {total}; one forward holds micro_batch_tokens"

@@ -45,6 +45,9 @@ class Ledger:
         os.fsync(self._file.fileno())
         return self.position
 
+    def close(self) -> None:
+        self._file.close()
+
 
 def chained_line(entry: dict[str, Any], previous: str) -> tuple[bytes, str]:
     """The bytes of a ledger line after `previous`, and its hash."""
@@ -58,10 +61,7 @@ def read_ledger(path: Path, start: str, end: LedgerPosition) -> list[dict[str, A
 
     Raises: CheckpointError that names the first line that does not follow.
     """
-    content = b""
-    if path.is_file():
-        with path.open("rb") as file:
-            content = file.read(end.bytes)
+    content = path.read_bytes()[: end.bytes] if path.is_file() else b""
     entries, head = [], start
     for number, line in enumerate(content.splitlines(keepends=True), start=1):
         try:

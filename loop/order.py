@@ -61,7 +61,10 @@ def cut(lengths: np.ndarray, micro_batch_tokens: int, num_processes: int) -> lis
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if len(_fill(widths, middle)) <= wanted else (middle + 1, high)
-    pieces = np.split(order, _fill(widths, high)[1:]) if widths else []
+    pieces = np.split(order, _fill(widths, high)[1:])
+    while len(pieces) < min(wanted, len(widths)):  # no process idles while another has two rows
+        largest = max(range(len(pieces)), key=lambda k: (len(pieces[k]) > 1) * len(pieces[k]) * lengths[pieces[k][0]])
+        pieces[largest : largest + 1] = np.array_split(pieces[largest], 2)
     return pieces + [np.array([], dtype=np.int64)] * (wanted - len(pieces))
 
 

@@ -76,6 +76,7 @@ class Record:
     def close(self) -> None:
         self._bar.close()
         self._metrics.close()
+        self._ledger.close()
 
 
 def perplexity(nats_per_token: float) -> float:

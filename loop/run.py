@@ -18,7 +18,7 @@ from loop.checkpoint import serialise
 from loop.collate import collate
 from loop.config import Config
 from loop.data import Data, Examples, load_data
-from loop.errors import DataError, LoopError
+from loop.errors import ConfigError, DataError, LoopError
 from loop.files import canonical_json, prepare_folder, sha256
 from loop.launch import make_accelerator
 from loop.loss import SummedLoss, check_head
@@ -33,7 +33,7 @@ from loop.model import (
     load_base,
     load_tokenizer,
 )
-from loop.optim import adamw
+from loop.optim import adamw, warmup
 from loop.order import ORDER_VERSION, num_positions, num_steps
 from loop.record import environment
 from loop.steps import Steps
@@ -101,6 +101,8 @@ def prepare_run(config: Config) -> Run:
         num_processes=accelerator.num_processes,
     )
     total = num_steps(positions, config.global_batch_size)
+    if warmup(config, total) > total:
+        raise ConfigError(f"warmup_steps: {config.warmup_steps:g} is longer than the run of {total} steps")
     return Run(config, accelerator, tokenizer, data, model, loss, parameters, optimizer, steps, total, identity)
 
 

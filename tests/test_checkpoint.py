@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,7 +22,7 @@ from loop.checkpoint import Checkpoint, list_checkpoints, prune_checkpoints, rea
 from loop.errors import CheckpointError, NonFiniteError
 from loop.ledger import LedgerPosition
 from tests.conftest import flags
-from tests.processes import run
+from tests.processes import run, start
 
 FILES = [
     "adapter_config.json",
@@ -169,6 +170,19 @@ def test_a_state_that_is_not_finite_is_refused_before_anything_is_written(
         write_checkpoint(tmp_path / "checkpoints", checkpoint)
     assert refused.value.exit_code == 7
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_whose_loss_is_no_number_stops_with_7_names_the_rows_and_keeps_the_last_checkpoint(
+    bloom: Path, ragged: Path, tmp_path: Path
+) -> None:
+    knobs = {"model_name_or_path": bloom, "dataset_name": ragged, "output_dir": tmp_path / "run", "max_steps": 4}
+    knobs |= {"max_length": 64, "global_batch_size": 2, "save_steps": 1, "lora_r": 2, "learning_rate": 1e30}
+    launched = start(flags(knobs), tmp_path / "log")
+    assert launched.wait() == [7], launched.text()
+    drawn = np.random.RandomState([42, 0]).permutation(40)[2:4].tolist()  # the documented order, seed 42, step 1
+    assert f"error: step 1: loss nan, gradient norm nan, rows {drawn}: the adapter was not touched" in launched.text()
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000001"]
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "step-000001").step == 1
 
 
 # What is refused
@@ -351,7 +365,7 @@ LISTED = [name for name in FILES if name != "manifest.json"]
         {"files": {name: {"bytes": 10**6, "sha256": None} for name in LISTED}},
         {"files": {name: 1 for name in LISTED}},
     ],
-    ids=str,
+    ids=lambda changed: str(changed)[:50],
 )  # fmt: skip
 def test_a_manifest_outside_the_schema_is_refused_even_with_its_hash_rebuilt(
     real: Path, changed: dict[str, Any]

@@ -16,9 +16,10 @@ import loop.train
 from loop.config import FIELDS, Config, config_yaml, find_recipe, parse_command_line
 from loop.errors import ConfigError
 from loop.launch import run_command
+from tests.conftest import flags
 
 REPOSITORY = Path(__file__).parent.parent
-REQUIRED = {"model_name_or_path": "a-model", "dataset_name": "a-dataset", "output_dir": "a-folder"}
+REQUIRED: dict[str, Any] = {"model_name_or_path": "a-model", "dataset_name": "a-dataset", "output_dir": "a-folder"}
 REQUIRED_FLAGS = [f"--{name}={value}" for name, value in REQUIRED.items()]
 
 Recipe = Callable[[str], list[str]]
@@ -250,6 +251,16 @@ def test_a_negative_number_after_a_space_is_a_value(value: str) -> None:
     ]
 
 
+def test_a_warm_up_longer_than_the_epochs_is_refused_before_any_step(
+    settings: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # 40 rows in steps of 8, once: a run of 5 steps, which is known only after the data.
+    argv = flags(settings(max_steps="none", num_train_epochs=1, warmup_steps=6))
+    assert run_command(lambda: loop.train.main(argv)) == 2
+    assert "warmup_steps: 6 is longer than the run" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "ledger.jsonl").exists()
+
+
 # Exit codes and what is printed.
 
 
@@ -362,7 +373,7 @@ def test_the_knobs_carry_the_names_that_users_of_trl_peft_and_transformers_type(
 def test_every_knob_has_a_help_text_and_one_meaning_for_a_resume() -> None:
     config = Config(**REQUIRED)
     roles = {role: config.with_resume(role) for role in ("identity", "resolved", "announced", "free")}
-    assert sorted(sum((list(knobs) for knobs in roles.values()), [])) == sorted(FIELDS)
+    assert sorted(name for knobs in roles.values() for name in knobs) == sorted(FIELDS)
     assert config.with_resume("identity", "resolved", "announced", "free") == dataclasses.asdict(config)
     assert all(len(field.description) > 10 for field in FIELDS.values())
 

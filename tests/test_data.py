@@ -58,11 +58,11 @@ def write_rows(path: Path, rows: list[Any]) -> None:
 
 def texts(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What the tokens say, without the end-of-text."""
-    return [tokenizer.decode(tokens[: -1 if tokens[-1] == EOS else None]) for tokens, _ in read(examples)]
+    return [str(tokenizer.decode(tokens[: -1 if tokens[-1] == EOS else None])) for tokens, _ in read(examples)]
 
 
 def read(examples: Examples) -> list[tuple[list[int], int]]:
-    return [tuple(example) for example in examples.read(np.arange(len(examples)))]
+    return [(example.input_ids, example.target_start) for example in examples.read(np.arange(len(examples)))]
 
 
 def count(data: Data, *names: str) -> list[int]:

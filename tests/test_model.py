@@ -1,6 +1,5 @@
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given
+from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -349,7 +348,7 @@ def test_tensor_checksum_sees_the_last_byte_of_an_odd_size(size: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.float64])
 def test_tensor_checksum_is_of_the_values_in_order_whatever_the_layout(dtype: torch.dtype) -> None:
-    tensor = (torch.arange(21).view(3, 7) % 2 * 3).to(dtype)
+    tensor = (torch.arange(21).view(3, 7) < 4).to(dtype)
     assert tensor_checksum(tensor.t().contiguous().t()) == tensor_checksum(tensor)
     assert tensor_checksum(tensor.t()) != tensor_checksum(tensor)
 
@@ -370,7 +369,7 @@ def test_base_checksum_is_that_of_the_base_before_any_adapter_was_added(
 
 
 @given(data=st.data())
-@examples(derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(derandomize=True, max_examples=40)
 def test_one_flipped_bit_anywhere_changes_base_checksum(model: PeftModel, data: st.DataObject) -> None:
     before = base_checksum(model)
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}

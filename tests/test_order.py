@@ -54,7 +54,7 @@ def test_the_epoch_of_a_step_is_its_first_rows(step: int, epoch: int) -> None:
 @given(num_rows=st.integers(1, 40), epochs=st.integers(1, 4), batch=st.integers(1, 50), seed=st.integers(0, 2**32 - 1))
 def test_every_row_is_drawn_once_an_epoch(num_rows: int, epochs: int, batch: int, seed: int) -> None:
     steps = rows_of_run(num_rows, epochs, batch, seed)
-    drawn = sum(steps, [])
+    drawn = [row for step in steps for row in step]
     assert len(drawn) == epochs * num_rows
     for epoch in range(epochs):
         assert sorted(drawn[epoch * num_rows : (epoch + 1) * num_rows]) == list(range(num_rows))

@@ -90,7 +90,7 @@ def test_the_processes_together_hold_each_row_of_the_step_once(
 ) -> None:
     shares = [all_steps(steps_of(data, process, num_processes)) for process in range(num_processes)]
     for parts in zip(*shares):
-        held = sum((tokens_of(part) for part in parts), [])
+        held = [row for part in parts for row in tokens_of(part)]
         assert sorted(held) == sorted(texts(ragged, tokenizer_folder, parts[0].rows))
 
 
@@ -137,7 +137,7 @@ def test_the_rows_and_the_divisor_do_not_depend_on_the_number_of_processes(data:
 
 
 def test_rows_are_numbered_as_in_the_dataset_as_it_was_loaded(data: Data) -> None:
-    drawn = sum((step.rows for step in all_steps(steps_of(data))), [])
+    drawn = [row for step in all_steps(steps_of(data)) for row in step.rows]
     held_out = set(data.heldout.rows.tolist())
     assert len(held_out) == 4
     assert sorted(drawn) == sorted(2 * [row for row in range(40) if row not in held_out])
