@@ -76,8 +76,10 @@ def _last_words(error: BaseException) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the last checkpoint is intact and the same command goes on from it", 130
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of GPU memory; lower micro_batch_tokens or max_length, or set gradient_checkpointing: true", 5
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        return "out of memory; lower micro_batch_tokens or max_length, or set gradient_checkpointing: true", 5
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename or 'output_dir'}: {error.strerror}; the last checkpoint is intact", 5
     if launched_processes() > 1 and "closed by peer" in str(error):
         return "another process ended; its own message says why", 1
     return f"a bug of this program: {type(error).__name__}: {error}", 1

@@ -38,7 +38,7 @@ def load_base(config: Config, device: torch.device) -> PreTrainedModel:
     """
     dtype = config.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     with _clear_errors(config, "model"):
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.model_name_or_path,
             revision=config.model_revision,
             dtype=getattr(torch, dtype),
@@ -46,7 +46,14 @@ def load_base(config: Config, device: torch.device) -> PreTrainedModel:
             use_safetensors=True,
             trust_remote_code=False,
             token=False,
+            output_loading_info=True,
         )
+        model: PreTrainedModel = loaded[0]
+        loading: dict[str, Any] = loaded[1]
+        if loading["missing_keys"] or loading["mismatched_keys"]:  # transformers would make them up, with a warning
+            missing = sorted(str(key) for key in [*loading["missing_keys"], *loading["mismatched_keys"]])
+            raise ValueError(f"no fitting tensor for {', '.join(missing[:3])}")
+    return model
 
 
 def base_config(config: Config) -> dict[str, Any]:
@@ -80,7 +87,7 @@ def add_adapter(base: PreTrainedModel, config: Config) -> PeftModel:
         model = get_peft_model(base, lora)
     lora.target_modules = sorted(lora.target_modules or [])  # a set's order changes with Python's hash seed
     if config.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.activation_checkpointing_enable()
     return model
 
 

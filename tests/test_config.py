@@ -185,7 +185,7 @@ def test_a_template_of_columns_is_taken(template: str) -> None:
         ("\tseed: 1\n", "line 1, column 1"),
         ("seed: [1\n", "line 2, column 1"),
         ("seed: 1\n lora_r: 2\n", "line 2"),
-        ("output_dir: !!python/object/apply:os.system ['touch owned']\n", "could not determine a constructor"),
+        ("output_dir: !!python/object/apply:builtins.print [owned]\n", "could not determine a constructor"),
         ("output_dir: !!python/name:os.system\n", "could not determine a constructor"),
         ("seed: 1\n--- \nseed: 2\n", "expected a single document"),
         ("output_dir: 2024-13-45\n", "not a YAML file of knobs"),  # a date of YAML 1.1, of no calendar

@@ -83,6 +83,8 @@ def test_another_seed_and_another_epoch_are_another_order() -> None:
     [
         (10, 1.0, 10),
         (10, 1.1, 11),
+        (100, 1.1, 110),
+        (100, 0.07, 7),
         (3, 2.5, 8),
         (10, 0.05, 1),
         (1000, 0.29, 290),
