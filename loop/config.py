@@ -159,11 +159,12 @@ def parse_command_line(argv: list[str], num_processes: int = 1) -> CommandLine:
     options, flags, errors = _parse_flags(argv)
     values: dict[str, Any] = {}
     sources = dict.fromkeys(FIELDS, "default")
-    for source, given in (("file", _read_recipe(options.config, errors) if options.config else {}), ("flag", flags)):
-        foreign = {key: value for key, value in given.items() if key not in FIELDS}
-        errors += answer_foreign_keys(foreign, num_processes, list(FIELDS))
+    foreign: dict[str, Any] = {}
+    for source, given in (("file", _read_recipe(options.config) if options.config else {}), ("flag", flags)):
+        foreign |= {key: value for key, value in given.items() if key not in FIELDS}
         for name in given.keys() - foreign.keys():
             values[name], sources[name] = given[name], source
+    errors += answer_foreign_keys(foreign, num_processes, list(FIELDS))
     try:
         config = Config(**values)
     except ValidationError as error:
@@ -193,19 +194,26 @@ def find_recipe(name: str) -> Path:
     raise ConfigError(f"--config: no file and no recipe is named {name!r}; the recipes are {known}")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise ConfigError(f"{message}; --help lists the flags")
+
+
 def _parse_flags(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any], list[str]]:
-    parser = argparse.ArgumentParser(prog="loop.train", description="LoRA for a causal LM.", allow_abbrev=False)
+    parser = _Parser(prog="loop.train", description="LoRA for a causal LM.", allow_abbrev=False)
     parser.add_argument("--config", metavar="RECIPE", help="a YAML file, or the name of a recipe")
     parser.add_argument("--print_config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for name, field in FIELDS.items():
-        text = f"{field.description} (default {field.default})".replace("%", "%%")
+        default = "required" if field.is_required() else f"default {field.default}"
+        text = f"{field.description} ({default})".replace("%", "%%")
         optional: dict[str, Any] = {"nargs": "?", "const": "true"} if TYPES[name] is bool else {}
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar="VALUE", help=text, **optional)
     words: list[str] = []
-    for word in argv:  # a word with one dash is the value of the flag before it: --learning_rate -1e-4
-        if words and word.startswith("-") and not word.startswith("--"):
-            words[-1] += "=" + word
+    for word in argv:
+        open_flag = words and words[-1].startswith("--") and "=" not in words[-1]
+        if open_flag and word.startswith("-") and not word.startswith("--") and word != "-h":
+            words[-1] += "=" + word  # a value: --learning_rate -1e-4
         else:
             words.append(_underscored(word))
     known, rest = parser.parse_known_args(words)
@@ -242,7 +250,7 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_recipe(name: str, errors: list[str]) -> dict[str, Any]:
+def _read_recipe(name: str) -> dict[str, Any]:
     """The recipe's values; a path that starts with ./ or ../ is relative to the recipe's own folder."""
     path = find_recipe(name)
     try:

@@ -82,7 +82,8 @@ def _summary(run: Run, result: Result) -> list[str]:
         for name, loss in (("base", result.base_eval_loss), ("adapter", result.eval_loss)):
             lines.append(f"{name:8} held-out loss {loss:.4f}, perplexity {perplexity(loss):,.1f}")
     samples = read_run(run.folder / "run.json").get("samples", {})
-    lines += [f"{of:8} continues: {' '.join(samples[of].split())}" for of in ("base", "adapter") if of in samples]
+    texts = {of: " ".join(samples[of].split()) for of in ("base", "adapter") if of in samples}
+    lines += [f"{of:8} sample, an impression and no measure: {text}" for of, text in texts.items()]
     adapter = run.folder / "adapter"
     base = f"AutoModelForCausalLM.from_pretrained('{run.config.model_name_or_path}')"
     return [

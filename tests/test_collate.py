@@ -81,7 +81,8 @@ def test_a_position_predicts_the_next_token_of_its_row_or_nothing(rows: list[Exa
 
 @pytest.fixture(scope="module")
 def model(bloom: Path) -> transformers.PreTrainedModel:
-    return transformers.AutoModelForCausalLM.from_pretrained(bloom).eval()
+    loaded: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(bloom).eval()
+    return loaded
 
 
 def mean_loss(model: transformers.PreTrainedModel, batch: Batch) -> float:

@@ -278,11 +278,20 @@ def test_a_config_error_ends_with_code_2_and_no_traceback(
 
 
 def test_help_names_every_knob_and_ends_with_code_0(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
+    for words in (["--help"], ["--seed", "1", "-h"]):
+        with pytest.raises(SystemExit) as ended:
+            parse_command_line(words)
+        assert ended.value.code == 0
+        told = capsys.readouterr().out
+        assert [name for name in FIELDS if f"--{name} " not in told] == []
+
+
+def test_help_says_which_knobs_have_no_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
         parse_command_line(["--help"])
-    assert ended.value.code == 0
     told = capsys.readouterr().out
-    assert [name for name in FIELDS if f"--{name} " not in told] == []
+    assert "PydanticUndefined" not in told
+    assert told.count("required") == len(REQUIRED)
 
 
 def test_a_launch_file_given_as_a_recipe_is_answered_with_the_right_command() -> None:

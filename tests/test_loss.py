@@ -110,6 +110,17 @@ def test_under_bf16_autocast_the_sum_over_targets_and_chunks_is_float32(
 
 
 @pytest.mark.parametrize("whole_model", [False, True])
+def test_the_loss_of_a_bfloat16_model_is_summed_in_float32(folder: Path, whole_model: bool) -> None:
+    model, batch = load(folder, torch.bfloat16), batch_of([128] * 4)
+    loss = SummedLoss(model, model)
+    loss.whole_model = whole_model
+    log_p = model(batch.input_ids, attention_mask=batch.attention_mask).logits.double().log_softmax(-1)[:, :-1]
+    exact = -log_p.gather(-1, batch.input_ids[:, 1:, None]).sum()
+    assert loss(batch).dtype == torch.float32
+    assert loss(batch).item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("whole_model", [False, True])
 @pytest.mark.parametrize("lengths", [[], [1], [1, 1, 1]])
 def test_a_batch_without_targets_gives_exactly_zero_and_zero_gradients(
     folder: Path, lengths: list[int], whole_model: bool

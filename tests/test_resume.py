@@ -146,6 +146,7 @@ def test_another_value_of_what_makes_the_run_is_refused_with_both_values_and_the
     assert (code, tree(half)) == (4, before), text
     assert said in text
     assert "another output_dir" in text
+    assert "passed over" not in text
     assert "Traceback" not in text
 
 
@@ -181,6 +182,19 @@ def test_every_differing_value_is_told_at_once(half: Path, again: Again) -> None
     code, text = again(half, seed=7, lora_r=8, learning_rate=0.02)
     assert code == 4
     assert all(said in text for said in ("seed was 42", "lora_r was 4", "learning_rate was 0.01")), text
+
+
+def test_a_newer_checkpoint_of_another_run_is_refused_and_not_passed_over(
+    half: Path, again: Again, tmp_path: Path
+) -> None:
+    assert again(tmp_path / "other", seed=7, stop_after_steps=4)[0] == 0
+    shutil.rmtree(half / "checkpoints" / "step-000004")
+    shutil.copytree(tmp_path / "other" / "checkpoints" / "step-000004", half / "checkpoints" / "step-000004")
+    before = tree(half)
+    code, text = again(half)
+    assert (code, tree(half)) == (4, before), text
+    assert "seed was 7, is 42" in text
+    assert "step-000004 is of another run" in text
 
 
 def test_a_finished_run_is_no_answer_to_another_config(straight: Path, again: Again) -> None:
