@@ -87,7 +87,7 @@ def commit_folder(folder: Path, files: dict[str, bytes]) -> None:
     try:
         for leftover in (temporary, trash):
             shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        temporary.mkdir()
         for name, content in files.items():
             write_synced(temporary / name, content)
         sync_folder(temporary)

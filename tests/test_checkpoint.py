@@ -138,7 +138,8 @@ def test_equal_states_are_equal_bytes_whatever_the_order_they_were_made_in(tmp_p
         adapter=dict(reversed(once.adapter.items())),
         optimizer=dict(reversed(once.optimizer.items())),
     )
-    first = contents(write_checkpoint(tmp_path / "first", once))
+    (tmp_path / "second").mkdir()
+    first = contents(write_checkpoint(tmp_path, once))
     assert contents(write_checkpoint(tmp_path / "second", again)) == first
     assert contents(write_checkpoint(tmp_path / "second", again)) == first  # over the one that is there
 

@@ -319,3 +319,16 @@ def size(path: Path) -> int:
 def step_lines_whole(folder: Path) -> list[str]:
     """Step lines of a ledger that a kill may have torn."""
     return [line for line in (folder / "ledger.jsonl").read_text().splitlines() if '"target_tokens"' in line]
+
+
+def test_run_directory_deleted_while_training_ends_at_the_next_save_with_five(
+    settings: Settings, tmp_path: Path
+) -> None:
+    used = settings(max_steps=100_000, save_steps=20)
+    launched = start(flags(used), tmp_path / "log")
+    folder = Path(used["output_dir"])
+    assert wait_until(lambda: size(folder / "ledger.jsonl") > 2000, launched)
+    folder.rename(tmp_path / "moved-away")
+    assert launched.wait() == [5]
+    assert "not written: No such file or directory" in launched.text().strip().splitlines()[-1]
+    assert not folder.exists()
