@@ -33,6 +33,14 @@ torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts whole runs, so that `pytest -m "not runs"` is the part that answers within a minute."""
+    for item in items:
+        module = item.path.stem
+        if module in ("test_train", "test_launcher", "test_demo", "test_resume") or "million_rows" in item.name:
+            item.add_marker("runs")
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level BPE of 384 tokens with <unk> 0, <s> 1, </s> 2, <pad> 3, in BLOOM's order; adds none by itself."""

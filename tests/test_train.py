@@ -332,3 +332,10 @@ def test_run_directory_deleted_while_training_ends_at_the_next_save_with_five(
     assert launched.wait() == [5]
     assert "not written: No such file or directory" in launched.text().strip().splitlines()[-1]
     assert not folder.exists()
+
+
+def test_full_determinism_trains_and_changes_no_bit_on_the_cpu(settings: Settings, tmp_path: Path) -> None:
+    for name, asked in (("plain", "false"), ("deterministic", "true")):
+        used = settings(output_dir=str(tmp_path / name), full_determinism=asked)
+        run(flags(used), tmp_path / "log")
+    assert_same_run(tmp_path / "deterministic", tmp_path / "plain")
