@@ -24,8 +24,7 @@ class Batch(NamedTuple):
     The field is called `targets`, not `labels`: it is already shifted, and a model's `labels` argument
     would shift it a second time. A NamedTuple, so that torch's loader pins it without a line of ours.
 
-    Shapes: each field is (B, T), int64.
-    """
+    Shapes: each field is (B, T), int64."""
 
     input_ids: Tensor
     """Token ids; any legal id at padding, where it is neither attended to nor a target."""

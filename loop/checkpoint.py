@@ -1,7 +1,7 @@
 """A checkpoint: the step, the adapter and the optimizer's moments, with a manifest that proves them."""
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class Checkpoint:
     adapter_config: bytes
     adapter: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    environment: dict[str, Any] = field(default_factory=dict)
+    """What the bits depend on beside the identity: a resume under another one says so."""
 
     def adapter_files(self) -> dict[str, bytes]:
         """The two files that PEFT loads."""
@@ -42,12 +44,12 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write `folder/step-NNNNNN`: its files, then the manifest, each flushed to disk, then one rename.
 
     Killed at any moment it leaves either nothing or the whole checkpoint, and the older ones untouched.
-    Raises: NonFiniteError before anything is written; EnvironmentFault with nothing left behind.
-    """
+    Raises: NonFiniteError before anything is written; EnvironmentFault with nothing left behind."""
     for name, tensor in [*checkpoint.adapter.items(), *checkpoint.optimizer.items()]:
         if not torch.isfinite(tensor).all():
             raise NonFiniteError(f"step {checkpoint.step}: {name} is not finite; this state was not saved")
-    state = {"format_version": FORMAT_VERSION, "identity": checkpoint.identity, "step": checkpoint.step}
+    state = {"environment": checkpoint.environment, "format_version": FORMAT_VERSION}
+    state |= {"identity": checkpoint.identity, "step": checkpoint.step}
     files = checkpoint.adapter_files()
     files["optimizer.safetensors"] = serialise(checkpoint.optimizer)
     files["state.json"] = canonical_json(state)
@@ -67,8 +69,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read and verify; nothing is believed that the manifest does not prove, and nothing is executed.
 
-    Raises: CheckpointError that names the file. The caller's model has not been touched.
-    """
+    Raises: CheckpointError that names the file. The caller's model has not been touched."""
     if path.is_symlink() or not path.is_dir():
         raise CheckpointError(f"{path}: found no folder, expected a checkpoint")
     manifest = _read_manifest(path)
@@ -77,9 +78,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: missing or unexpected: {', '.join(sorted(odd))}")
     contents = {name: _read_proven(path / name, manifest["files"][name]) for name in FILES}
     state = read_canonical_json(contents["state.json"], path / "state.json")
-    identity = state.get("identity")
-    proven = {"format_version": FORMAT_VERSION, "identity": identity, "step": manifest["step"]}
-    same = canonical_json(proven) == contents["state.json"] and isinstance(identity, dict)
+    identity, environment = state.get("identity"), state.get("environment")
+    proven = {"format_version": FORMAT_VERSION, "step": manifest["step"]}
+    proven |= {"identity": identity, "environment": environment}
+    same = canonical_json(proven) == contents["state.json"]
+    same &= isinstance(identity, dict) and isinstance(environment, dict)
     if not same or sha256(canonical_json(identity)) != manifest["identity_sha256"]:
         raise CheckpointError(f"{path / 'state.json'}: belongs to another checkpoint than the manifest")
     return Checkpoint(
@@ -89,6 +92,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         adapter_config=contents["adapter_config.json"],
         adapter=_deserialise(contents["adapter_model.safetensors"], path / "adapter_model.safetensors"),
         optimizer=_deserialise(contents["optimizer.safetensors"], path / "optimizer.safetensors"),
+        environment=dict(environment or {}),
     )
 
 

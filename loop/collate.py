@@ -14,8 +14,7 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
     nothing precedes. Padding is known by length, never by token value, so a real end-of-text is a target even where
     the pad token is the same token. No examples give one row of padding without a target: it adds zero to the loss.
 
-    Shapes: (B, T) with T the longest length; (1, 1) for no examples.
-    """
+    Shapes: (B, T) with T the longest length; (1, 1) for no examples."""
     width = max((len(example.input_ids) for example in examples), default=1)
     size = (max(1, len(examples)), width)
     input_ids = torch.full(size, pad_token_id, dtype=torch.int64)

@@ -1,8 +1,7 @@
 """Every knob: its unit, default, range, and what it means for a resume.
 
 A value comes from the default, else the YAML file given by `--config`, else the flag: default < file < flag.
-Everything that is wrong is reported together, before anything is loaded.
-"""
+Everything that is wrong is reported together, before anything is loaded."""
 
 import argparse
 import collections
@@ -26,8 +25,7 @@ Resume = Literal["identity", "resolved", "announced", "free"]
 """What another value means when a run is resumed.
 
 identity: refused. resolved: a spelling; what it resolves to is in the identity. announced: allowed, recorded, and
-"not bit-exact from step N" is said. free: changes no number of the run.
-"""
+"not bit-exact from step N" is said. free: changes no number of the run."""
 
 
 def knob(default: Any, resume: Resume, help: str, **limits: float) -> Any:
@@ -40,8 +38,7 @@ def knob(default: Any, resume: Resume, help: str, **limits: float) -> Any:
 class Config:
     """One training run. Everything about machines and precision is in the launch config instead.
 
-    Raises: pydantic.ValidationError, a ValueError, that lists every knob out of its range.
-    """
+    Raises: pydantic.ValidationError, a ValueError, that lists every knob out of its range."""
 
     # What is trained.
     model_name_or_path: str = knob(..., "resolved", "Hub id or folder of the base model (safetensors)")
@@ -134,7 +131,9 @@ class Config:
 
     def with_resume(self, *roles: Resume) -> dict[str, Any]:
         """The knobs whose meaning for a resume is one of `roles`, as JSON values."""
-        return {name: value for name, value in _values(self).items() if _resume_of(name) in roles}
+        return {
+            name: value for name, value in _values(self).items() if FIELDS[name].json_schema_extra["resume"] in roles
+        }
 
 
 TYPES = typing.get_type_hints(Config)
@@ -154,8 +153,7 @@ class CommandLine:
 def parse_command_line(argv: list[str], num_processes: int = 1) -> CommandLine:
     """Resolve default < file < flag.
 
-    Raises: ConfigError that lists everything wrong at once; SystemExit(0) after `--help`.
-    """
+    Raises: ConfigError that lists everything wrong at once; SystemExit(0) after `--help`."""
     options, flags, errors = _parse_flags(argv)
     values: dict[str, Any] = {}
     sources = dict.fromkeys(FIELDS, "default")
@@ -298,7 +296,3 @@ def _values(config: Config) -> dict[str, Any]:
     """Knobs as JSON and YAML values."""
     values = {name: getattr(config, name) for name in FIELDS}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-
-def _resume_of(name: str) -> Resume:
-    return typing.cast(Resume, FIELDS[name].json_schema_extra["resume"])

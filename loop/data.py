@@ -1,12 +1,12 @@
 """Rows of a dataset -> tokenised examples on disk, each with its length and its number of targets.
 
-Nothing here is shuffled, padded or shifted. Rows keep their place: index i is row i of the dataset as loaded.
-"""
+Nothing here is shuffled, padded or shifted. Rows keep their place: index i is row i of the dataset as loaded."""
 
 import codecs
 import hashlib
 import json
 import string
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from loop.batch import Example
 from loop.config import Config
 from loop.errors import DataError, HubError
 
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else each load reports itself to the library's makers
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 KEPT, TRUNCATED, TOO_LONG = 0, 1, 2
 _NUMBERS = {"target_start": "int32", "length": "int32", "num_targets": "int32", "fate": "int8", "digest": "int64"}
@@ -33,8 +34,7 @@ _SPLIT_STREAM = 2**32 - 1
 class Examples:
     """Some rows of a tokenised dataset. Tokens stay on disk, memory-mapped; 16 bytes a row are in memory.
 
-    Shapes: rows (N,) int64, indices into the dataset as loaded, ascending; lengths and num_targets (N,) int32.
-    """
+    Shapes: rows (N,) int64, indices into the dataset as loaded, ascending; lengths and num_targets (N,) int32."""
 
     dataset: Dataset
     rows: np.ndarray
@@ -67,8 +67,7 @@ class Data:
 def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
     """Load, tokenise (once: a second call reads the cache), drop rows without a target, split, fingerprint.
 
-    Raises: DataError, HubError. Nothing is written but the library's cache.
-    """
+    Raises: DataError, HubError. Nothing is written but the library's cache."""
     source, commit = _load(config, config.dataset_train_split)
     whole = _tokenise(source, config, tokenizer)
     usable = np.flatnonzero(_column(whole, "num_targets"))
@@ -102,10 +101,12 @@ def resolve_templates(config: Config, columns: list[str]) -> list[str]:
 def render(template: str, row: dict[str, Any], index: int) -> str:
     """The text of one row; a list of strings is joined by ", ".
 
-    Raises: DataError with the row's index where a column is missing or is not text.
-    """
-    texts = {}
-    for column in [column for _, column, _, _ in string.Formatter().parse(template) if column is not None]:
+    Raises: DataError with the row's index where a column is missing or is not text."""
+    parts = []
+    for literal, column, spec, conversion in string.Formatter().parse(template):
+        parts.append(literal)
+        if column is None:
+            continue
         if column not in row:
             raise DataError(f"column {column!r} is missing; the columns are {', '.join(sorted(row))}")
         value = row[column]
@@ -113,8 +114,8 @@ def render(template: str, row: dict[str, Any], index: int) -> str:
             value = ", ".join(value)
         if not isinstance(value, str):
             raise DataError(f"row {index}, column {column!r}: found {value!r:.60}, expected text")
-        texts[column] = value
-    return template.format_map(texts)
+        parts.append(format(string.Formatter().convert_field(value, conversion), spec or ""))
+    return "".join(parts)
 
 
 def _load(config: Config, split: str) -> tuple[Dataset, str | None]:
@@ -147,8 +148,7 @@ def _by_content(path: Path) -> Path:
     """A link to `path` that is named by its content, which the library's cache then knows it by.
 
     The library itself goes by modification times and takes a name for a pattern. Text that is not UTF-8 is refused
-    here with its offset, which the readers underneath do not tell.
-    """
+    here with its offset, which the readers underneath do not tell."""
     if not path.is_file():
         raise DataError(f"dataset_name: found no file {path}")
     digest, decoder, offset, chunk = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), 0, b" "
@@ -167,15 +167,15 @@ def _by_content(path: Path) -> Path:
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.exists() or link.resolve() != path.resolve():
         link.unlink(missing_ok=True)
-        link.symlink_to(path.resolve())
+        with suppress(FileExistsError):  # another run was faster
+            link.symlink_to(path.resolve())
     return link
 
 
 def _tokenise(source: Dataset, config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Every row tokenised, in its place, through the library's cache on disk.
 
-    The cache is named by all that decides its bytes, the source of this file included.
-    """
+    The cache is named by all that decides its bytes, the source of this file included."""
     if len(source) == 0:
         raise DataError(f"{config.dataset_name}: the split holds no rows")
     templates = resolve_templates(config, source.column_names)
@@ -206,8 +206,7 @@ def _encode(
 ) -> dict[str, list[Any]]:
     """A batch of rows as `_COLUMNS`; a row that is dropped keeps its place, with no tokens.
 
-    A prompt and its completion are tokenised apart, so that the boundary is where a user's own prompt will end.
-    """
+    A prompt and its completion are tokenised apart, so that the boundary is where a user's own prompt will end."""
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
     texts = [[render(template, row, index) for row, index in zip(rows, indices)] for template in templates]
     eos = tokenizer.eos_token_id

@@ -1,14 +1,19 @@
 """Bytes on disk: written so that they survive the machine, read so that they cannot surprise."""
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from loop.errors import CheckpointError, EnvironmentFault
+
+_LEFTOVERS = [f".{kind}-{name}" for kind in ("tmp", "trash") for name in ("step-*", "adapter", "*.json*", "*.yaml")]
 
 
 def sha256(content: bytes) -> str:
@@ -34,8 +39,7 @@ def read_canonical_json(content: bytes, name: Path) -> dict[str, Any]:
 def read_regular_file(path: Path, limit: int) -> bytes:
     """A plain file of at most `limit` bytes; links, pipes and devices are refused without blocking on them.
 
-    Raises: CheckpointError.
-    """
+    Raises: CheckpointError."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -81,8 +85,7 @@ def replace_file(path: Path, content: bytes) -> None:
 def commit_folder(folder: Path, files: dict[str, bytes]) -> None:
     """Make `folder` appear whole, with exactly these files, or not at all; the last file given is written last.
 
-    Raises: EnvironmentFault if the disk refuses; then what was half written is removed and an older folder stays.
-    """
+    Raises: EnvironmentFault if the disk refuses; then what was half written is removed and an older folder stays."""
     temporary, trash = (folder.with_name(f".{kind}-{folder.name}") for kind in ("tmp", "trash"))
     try:
         for leftover in (temporary, trash):
@@ -111,15 +114,35 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
 
 
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder against every other process until the end; the kernel lets go of it when a process dies.
+
+    Raises: EnvironmentFault at once if another process holds it, or if it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise EnvironmentFault(f"output_dir: {folder}: {error.strerror}; expected a writable folder") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise EnvironmentFault(f"output_dir: another run is writing to {folder}; wait for it or stop it") from error
+        yield
+    finally:
+        os.close(handle)
+
+
 def prepare_folder(folder: Path) -> None:
     """Create a folder, prove before hours are spent that it takes a write, a flush and a rename, and sweep it.
 
-    Raises: EnvironmentFault.
-    """
+    Raises: EnvironmentFault."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in [*folder.glob(".tmp-*"), *folder.glob(".trash-*")]:  # left by a process that was killed
+        for path in [path for kind in _LEFTOVERS for path in folder.glob(kind)]:  # of a process that was killed
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        (folder / ".probe").unlink(missing_ok=True)
         replace_file(folder / ".probe", b"probe")
         (folder / ".probe").unlink()
     except OSError as error:

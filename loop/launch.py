@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from loop.config import Config
 from loop.errors import ConfigError, LoopError
 
-_COLLECTIVE_TIMEOUT = timedelta(hours=2)
+_PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=2))
 """Longer than a slow disk or the tokenising of a large dataset, which the others wait for."""
 
 
@@ -26,27 +26,30 @@ def launched_processes() -> int:
 def make_accelerator(config: Config) -> Accelerator:
     """The accelerator of the launch config, refused where it would silently do something else than asked.
 
-    Raises: ConfigError.
-    """
+    Raises: ConfigError."""
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in ("no", "bf16"):
         raise ConfigError(f"mixed_precision: found {asked} in the launch config, expected no or bf16")
     if asked == "bf16" and config.dtype == "float64":
         raise ConfigError("dtype: float64 with mixed_precision bf16 in the launch config; autocast would lower it")
-    if config.full_determinism:
-        _make_deterministic()
-    wait = InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)
+    if asked == "bf16" and not torch.cuda.is_available() and "ACCELERATE_USE_CPU" not in os.environ:
+        raise ConfigError(
+            "mixed_precision: bf16 is for a GPU and torch sees none; for the CPU use launch_configs/cpu.yaml"
+        )
+    if config.full_determinism:  # what torch's "Reproducibility" asks for on CUDA; not yet run on a GPU
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     try:
         # Without a GPU cpu=True: only then does accelerate join several processes, over gloo.
-        accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[wait])
+        accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[_PATIENCE])
     except ValueError as error:  # accelerate's own: bf16 where the device has none
         raise ConfigError(f"launch config: {str(error).splitlines()[0]}") from error
     kind, processes = accelerator.distributed_type, accelerator.num_processes
-    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise ConfigError(f"distributed_type: {kind.value} is not supported; see launch_configs/")
-    if processes != launched_processes():
-        found = f"{launched_processes()} were launched, {processes} joined"
-        raise ConfigError(f"num_processes: {found}; see launch_configs/")
+    supported = kind in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if not supported or processes != launched_processes():
+        found = f"{kind.value} with {processes} of {launched_processes()} processes joined"
+        raise ConfigError(f"launch config: found {found}; expected one like those in launch_configs/")
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise ConfigError("dynamo_backend: not supported, it would change the bits and names of what is saved")
     if accelerator.gradient_accumulation_steps != 1:
@@ -80,14 +83,6 @@ def _last_words(error: BaseException) -> tuple[str, int]:
         return "out of memory; lower micro_batch_tokens or max_length, or set gradient_checkpointing: true", 5
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or 'output_dir'}: {error.strerror}; the last checkpoint is intact", 5
-    if launched_processes() > 1 and "closed by peer" in str(error):
+    if isinstance(error, torch.distributed.DistError) or "closed by peer" in str(error):
         return "another process ended; its own message says why", 1
     return f"a bug of this program: {type(error).__name__}: {error}", 1
-
-
-def _make_deterministic() -> None:
-    """What torch asks for on CUDA (docs: "Reproducibility"); set before the first kernel. Not yet run on a GPU."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False

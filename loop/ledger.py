@@ -24,8 +24,7 @@ class Ledger:
     """`ledger.jsonl`: one line a step or evaluation, each carrying the hash of the one before.
 
     A line's `hash` is the sha256 of its bytes up to `,"hash":` with a closing brace in its place. Nothing volatile
-    is in it, so two equal runs are equal bytes and one hash names a run.
-    """
+    is in it, so two equal runs are equal bytes and one hash names a run."""
 
     def __init__(self, path: Path, start: LedgerPosition) -> None:
         """Open for appending at `start`; what stands behind it is cut off."""
@@ -59,8 +58,7 @@ def chained_line(entry: dict[str, Any], previous: str) -> tuple[bytes, str]:
 def read_ledger(path: Path, start: str, end: LedgerPosition) -> list[dict[str, Any]]:
     """The entries up to `end`, if their chain leads there from `start`, the identity's sha256.
 
-    Raises: CheckpointError that names the first line that does not follow.
-    """
+    Raises: CheckpointError that names the first line that does not follow."""
     content = path.read_bytes()[: end.bytes] if path.is_file() else b""
     entries, head = [], start
     for number, line in enumerate(content.splitlines(keepends=True), start=1):

@@ -15,8 +15,7 @@ CHUNK_TARGETS = 256
 class SummedLoss(nn.Module):
     """`forward(batch)` -> negative log-likelihood of all its targets, in nats, summed.
 
-    A sum, not a mean: the divisor belongs to the whole step, and only `train.py` knows it.
-    """
+    A sum, not a mean: the divisor belongs to the whole step, and only `train.py` knows it."""
 
     def __init__(self, model: nn.Module, causal_lm: PreTrainedModel) -> None:
         """`model` holds the adapter and owns all parameters; `causal_lm` is the transformers model inside it."""
@@ -39,15 +38,14 @@ class SummedLoss(nn.Module):
         loss_sum: Tensor = hidden.new_zeros((), dtype=_loss_dtype(hidden))
         for rows, wanted in zip(hidden.split(CHUNK_TARGETS), targets.split(CHUNK_TARGETS)):
             # Checkpointed: backward computes these logits again rather than keep them, for constant memory.
-            loss_sum = loss_sum + checkpoint(_chunk_loss, head, rows, wanted, use_reentrant=False)
+            loss_sum = loss_sum + checkpoint(lambda h, t: _nll(head(h), t), rows, wanted, use_reentrant=False)
         return loss_sum
 
 
 def check_head(loss: SummedLoss, batch: Batch, tolerance: float) -> float:
     """Compare head(hidden) with the model's own logits on a real batch; where they differ, use the model's own.
 
-    Some models scale or cap their logits after the head (Granite, Cohere, Gemma 2). Returns the relative difference.
-    """
+    Some models scale or cap their logits after the head (Granite, Cohere, Gemma 2). Returns the relative difference."""
     loss.whole_model = False
     with torch.no_grad():
         ours = loss(batch)
@@ -56,10 +54,6 @@ def check_head(loss: SummedLoss, batch: Batch, tolerance: float) -> float:
     difference = float((ours - own).abs() / own.abs().clamp(min=1e-6))
     loss.whole_model = not difference < tolerance
     return difference
-
-
-def _chunk_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    return _nll(head(hidden), targets)
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from transformers.pytorch_utils import Conv1D
 from loop.config import Config
 from loop.errors import CheckpointError, ConfigError, HubError
 
-ALL_LINEAR = ("all-linear",)
 _CHECKSUM_WORDS = 1 << 20
 
 
@@ -34,8 +33,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 def load_base(config: Config, device: torch.device) -> PreTrainedModel:
     """The base in one dtype on one device: safetensors only, no code of the repository, no token.
 
-    Raises: ConfigError for a folder, HubError for a Hub id.
-    """
+    Raises: ConfigError for a folder, HubError for a Hub id."""
     dtype = config.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     with _clear_errors(config, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -69,8 +67,7 @@ def base_config(config: Config) -> dict[str, Any]:
 def add_adapter(base: PreTrainedModel, config: Config) -> PeftModel:
     """Freeze the base and put LoRA on it: A random from `seed`, B zero, so that step 0 starts at the base.
 
-    Raises: ConfigError that lists the candidates where a target module names nothing.
-    """
+    Raises: ConfigError that lists the candidates where a target module names nothing."""
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
@@ -98,29 +95,17 @@ def causal_lm_of(model: PeftModel) -> PreTrainedModel:
     return causal_lm
 
 
-def adapted_modules(model: PeftModel) -> list[str]:
-    """The resolved `lora_target_modules`, sorted."""
-    names: list[str] = _lora_config(model).target_modules
-    return names
-
-
-def _lora_config(model: PeftModel) -> Any:
-    return model.peft_config["default"]
-
-
 def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     """Every tensor that is trained, by its name in `adapter_model.safetensors`, sorted by name.
 
     This is the order of the census, of the flat gradient, of the optimizer and of the checkpoint.
-    Raises: ConfigError if nothing is trainable; AssertionError if something outside the adapter is.
-    """
+    Raises: ConfigError if nothing is trainable; AssertionError if something outside the adapter is."""
     saved = get_peft_model_state_dict(model, save_embedding_layers=False)
     names = {tensor.data_ptr(): name for name, tensor in saved.items()}
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    low = [name for name, parameter in trainable.items() if parameter.dtype.itemsize < 4]
-    assert not low, f"trained below float32, where small updates are lost: {low}"
     strangers = [name for name, parameter in trainable.items() if parameter.data_ptr() not in names]
     assert not strangers, f"trainable, but not part of the adapter: {strangers}"
+    assert all(parameter.dtype.itemsize >= 4 for parameter in trainable.values()), "trained below float32"
     if not trainable:
         raise ConfigError("lora_target_modules: nothing is trainable")
     return dict(sorted((names[parameter.data_ptr()], parameter) for parameter in trainable.values()))
@@ -141,7 +126,9 @@ def restore_adapter(parameters: dict[str, nn.Parameter], tensors: dict[str, Tens
 def census(model: PeftModel) -> dict[str, Any]:
     """What is trained and what is not: counts, and name, shape and dtype of each trained tensor."""
     trained = adapter_parameters(model)
+    adapter_config = model.peft_config["default"].to_dict()
     return {
+        "target_modules": adapter_config["target_modules"],
         "trained_parameters": sum(parameter.numel() for parameter in trained.values()),
         "all_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "base_dtypes": sorted({str(p.dtype)[6:] for p in model.parameters() if not p.requires_grad}),
@@ -151,7 +138,7 @@ def census(model: PeftModel) -> dict[str, Any]:
 
 def adapter_config_json(model: PeftModel, config: Config) -> bytes:
     """`adapter_config.json` with sorted keys; the base by its Hub id, or null where it is a local folder."""
-    values = _lora_config(model).to_dict()
+    values: dict[str, Any] = model.peft_config["default"].to_dict()
     local = Path(config.model_name_or_path).exists()
     values |= {
         "base_model_name_or_path": None if local else config.model_name_or_path,
@@ -166,8 +153,7 @@ def base_checksum(model: PeftModel) -> str:
     """One sha256 over name, shape, dtype and content of every frozen tensor: the base's identity.
 
     The content of each is reduced where it lies (`tensor_checksum`), so that 14 GB on a GPU are not copied. Taken
-    again after training it proves that no byte of the base moved. A proof against accidents, not against forgery.
-    """
+    again after training it proves that no byte of the base moved. A proof against accidents, not against forgery."""
     trained = {parameter.data_ptr() for parameter in adapter_parameters(model).values()}
     lines, seen = [], set()
     for name, tensor in sorted(model.state_dict().items()):
@@ -184,8 +170,7 @@ def tensor_checksum(tensor: Tensor) -> int:
     """64 bits of a tensor's bytes, equal on every device: the wrapped sum of each 8-byte word mixed with its index.
 
     Each mix is a bijection of the word, so any change of one word changes the sum; constants of splitmix64
-    (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
-    """
+    (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators")."""
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for start in range(0, flat.numel(), 8 * _CHECKSUM_WORDS):
@@ -203,7 +188,7 @@ def _target_modules(base: PreTrainedModel, asked: tuple[str, ...] | None) -> lis
     """The modules to adapt. PEFT itself is silent about a name that matches nothing beside one that does."""
     head = base.get_output_embeddings()
     linear = {name: module for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    if asked == ALL_LINEAR:  # PEFT's own rule: every linear module but the head
+    if asked == ("all-linear",):  # PEFT's own rule: every linear module but the head
         return sorted({name.rsplit(".", 1)[-1] for name, module in linear.items() if module is not head})
     candidates = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
     names = asked if asked is not None else DEFAULT_TARGETS.get(base.config.model_type)

@@ -32,8 +32,7 @@ def learning_rate(step: int, config: Config, num_steps: int) -> float:
     """The learning rate of update `step` (0-based) of `num_steps`, whatever the number of processes.
 
     Source: transformers 5.23, optimization.py, get_{constant,linear,cosine}_schedule_with_warmup. So with warm-up
-    step 0 has rate 0 and step `warmup` the peak, and the last step is one short of 0.
-    """
+    step 0 has rate 0 and step `warmup` the peak, and the last step is one short of 0."""
     ramp = warmup(config, num_steps)
     if step < ramp:
         return config.learning_rate * step / ramp

@@ -32,8 +32,7 @@ def draw(step: int, num_rows: int, positions: int, global_batch_size: int, seed:
     """The epoch of a step's first row, and its rows (positions in the training examples) in drawn order.
 
     Position p = step * global_batch_size + j is row i of epoch e, where e, i = divmod(p, num_rows): each row
-    exactly once an epoch, none dropped, none repeated to fill a batch.
-    """
+    exactly once an epoch, none dropped, none repeated to fill a batch."""
     first = step * global_batch_size
     last = min(first + global_batch_size, positions)
     places = [divmod(position, num_rows) for position in range(first, last)]
@@ -49,8 +48,7 @@ def cut(lengths: np.ndarray, micro_batch_tokens: int, num_processes: int) -> lis
     is smallest is taken: it costs nothing, evens the processes and lowers the peak. Where rows are too few, the
     last micro-batches are empty.
 
-    Shapes: lengths (N,), tokens; returns index arrays into it.
-    """
+    Shapes: lengths (N,), tokens; returns index arrays into it."""
     order = np.argsort(-np.asarray(lengths), kind="stable")
     widths = np.asarray(lengths)[order].tolist()
     if widths and widths[0] > micro_batch_tokens:

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from loop.errors import CheckpointError
-from loop.files import differences, replace_file
+from loop.files import replace_file
 from loop.ledger import Ledger, LedgerPosition
 from loop.steps import Step
 
@@ -32,7 +32,7 @@ class Record:
         self, folder: Path, start: LedgerPosition, first_step: int, num_steps: int, logging_steps: int
     ) -> None:
         """Cut ledger and metrics back to `first_step`; a line of metrics that a kill has torn goes too."""
-        self._ledger = Ledger(folder / "ledger.jsonl", start)
+        self.ledger = Ledger(folder / "ledger.jsonl", start)
         path = folder / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
         kept = [line + "\n" for line in lines if 0 <= _step_of(line) < first_step]
@@ -48,7 +48,7 @@ class Record:
         known = step._asdict()
         del known["micro_batches"]
         known["micro_batches"] = known.pop("num_micro_batches")
-        self._ledger.append({**known, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate})
+        self.ledger.append({**known, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate})
         seconds, self._last = time.monotonic() - self._last, time.monotonic()
         speed = step.target_tokens / seconds
         volatile = {"seconds": seconds, "target_tokens_per_second": speed, "peak_memory_bytes": peak_memory(device)}
@@ -61,13 +61,9 @@ class Record:
 
     def evaluation(self, updates: int, eval_loss: float, target_tokens: int) -> None:
         """The held-out loss after `updates` updates; 0 is the untouched base."""
-        self._ledger.append({"step": updates, "eval_loss": eval_loss, "eval_target_tokens": target_tokens})
+        self.ledger.append({"step": updates, "eval_loss": eval_loss, "eval_target_tokens": target_tokens})
         found = f"loss {eval_loss:.4f} nats a target token, perplexity {perplexity(eval_loss):,.1f}"
         tqdm.write(f"held out after {updates} steps: {found} ({target_tokens:,} targets)")
-
-    def synced_position(self) -> LedgerPosition:
-        """Where the ledger stands, after the disk has every line of it."""
-        return self._ledger.sync()
 
     def pause(self) -> None:
         """Leave what was done since the last step (an evaluation, a checkpoint) out of the next step's seconds."""
@@ -76,7 +72,7 @@ class Record:
     def close(self) -> None:
         self._bar.close()
         self._metrics.close()
-        self._ledger.close()
+        self.ledger.close()
 
 
 def perplexity(nats_per_token: float) -> float:
@@ -97,32 +93,31 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
     source = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         source.update(path.name.encode() + b"\0" + path.read_bytes())
-    device = accelerator.device
+    cuda = accelerator.device.type == "cuda"
+    kernels = (
+        [torch.version.cuda, torch.backends.cudnn.version()] if cuda else [torch.backends.cpu.get_cpu_capability()]
+    )
+    device = torch.cuda.get_device_name(accelerator.device) if cuda else platform.machine()
+    versions = {name: metadata.version(name) for name in PACKAGES}
     return {
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        "versions": {**versions, "python": platform.python_version(), "torch": torch.__version__},
         "source_sha256": source.hexdigest(),
         "num_processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device": " ".join(str(word) for word in (device, *kernels)),
     }
 
 
-def open_session(path: Path, manifest: dict[str, Any], announced: dict[str, Any], resumed_at: int | None) -> list[str]:
-    """Write `run.json` with one more session; return what makes a resume not bit-exact, with both values.
-
-    `announced` is what may change between sessions but moves bits: versions, processes, threads, device, the cut.
-    """
+def open_session(
+    path: Path, manifest: dict[str, Any], environment: dict[str, Any], first_step: int, changes: list[str]
+) -> None:
+    """Write `run.json` with one more session; `changes` are what makes its resume not bit-exact."""
     before = read_run(path)
     kept = before if before.get("identity_sha256") == manifest["identity_sha256"] else {}
-    sessions = kept.get("sessions", [])
-    changes = []
-    if resumed_at is not None and sessions:
-        changes = differences({key: sessions[-1].get(key) for key in announced}, announced)
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    where = {"started": started, "first_step": resumed_at or 0, "source_commit": _source_commit()}
-    sessions = [*sessions, {**announced, **where, "not_bit_exact": changes}]
+    session = {"started": started, "first_step": first_step, "source_commit": _source_commit()}
+    sessions = [*kept.get("sessions", []), {**environment, **session, "not_bit_exact": changes}]
     write_run(path, {**kept, "format_version": 1, **manifest, "sessions": sessions})
-    return changes
 
 
 def read_run(path: Path) -> dict[str, Any]:

@@ -29,19 +29,18 @@ class Result:
 def finish(run: Run) -> Result:
     """End a run of which every step is done. Done a second time it changes no byte.
 
-    Raises: LoopError if a byte of the base has moved; CheckpointError if the last checkpoint does not verify.
-    """
+    Raises: LoopError if a byte of the base has moved; CheckpointError if the last checkpoint does not verify."""
     if base_checksum(run.model) != run.identity["base_checksum"]:
         raise LoopError("the frozen base changed during training; do not use this adapter")
     checkpoint, result = _read_result(run, run.num_steps)
     if run.accelerator.is_main_process:
         adapter, files = run.folder / "adapter", checkpoint.adapter_files()
         present = adapter.is_dir() and {path.name: path.read_bytes() for path in adapter.iterdir()} == files
+        if not present:
+            commit_folder(adapter, files)
         if present and read_run(run.folder / "run.json").get("result") == asdict(result):
             print("This run is finished: nothing was changed.")
         else:
-            if not present:
-                commit_folder(adapter, files)
             keep_sample(run, "adapter")
             write_run(run.folder / "run.json", {**read_run(run.folder / "run.json"), "result": asdict(result)})
         print("\n".join(_summary(run, result)), flush=True)

@@ -17,15 +17,16 @@ def find_checkpoint(folder: Path, asked: str, identity: dict[str, Any]) -> tuple
     """The checkpoint to go on from (None: start at step 0), and why newer ones were passed over.
 
     `auto` takes the newest that verifies with its ledger; a path or name takes exactly that one.
-    Raises: CheckpointError; nothing has been changed.
-    """
+    Raises: CheckpointError; nothing has been changed."""
     found = list_checkpoints(folder / "checkpoints")
     if asked not in ("auto", "none"):
         chosen = [path for path in found if asked == path.name or Path(asked).resolve() == path.resolve()]
         if not chosen:
             there = ", ".join(path.name for path in found) or "no checkpoint"
             raise CheckpointError(f"resume_from_checkpoint: {asked} is not in {folder}, which holds {there}")
-        return _read(chosen[0], folder, identity), []
+        newer = ", ".join(path.name for path in found[found.index(chosen[0]) + 1 :])
+        notice = f"going back to {chosen[0].name}: {newer} no longer count, the ledger is cut back"
+        return _read(chosen[0], folder, identity), [notice] if newer else []
     if (asked == "none" and found) or (not found and (folder / "adapter").exists()):
         raise CheckpointError(f"{folder}: holds a run already; give another output_dir, or remove it yourself")
     passed_over: list[str] = []

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 from torch.utils.data import Dataset
 
 from loop.batch import Batch
@@ -53,12 +52,8 @@ class Steps(Dataset[Step]):
             rows=self.examples.rows[drawn].tolist(),
             target_tokens=int(self.examples.num_targets[drawn].sum()),
             tokens=int(lengths.sum()),
-            padded_tokens=sum(_padded(lengths[piece]) for piece in pieces),
+            # An empty micro-batch is collated as one position of padding.
+            padded_tokens=sum(max(1, len(piece) * int(lengths[piece].max(initial=0))) for piece in pieces),
             num_micro_batches=len(pieces),
             micro_batches=[(k, collate(self.examples.read(drawn[pieces[k]]), self.pad_token_id)) for k in mine],
         )
-
-
-def _padded(lengths: np.ndarray) -> int:
-    """Rows x longest; 1 for an empty micro-batch, which is collated as one position of padding."""
-    return int(len(lengths) * lengths.max()) if len(lengths) else 1

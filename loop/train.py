@@ -3,6 +3,8 @@
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,17 +15,17 @@ from torch.utils.data import DataLoader
 from loop.checkpoint import Checkpoint, prune_checkpoints, write_checkpoint
 from loop.config import Config, config_yaml, parse_command_line
 from loop.errors import NonFiniteError
-from loop.files import replace_file
+from loop.files import differences, lock_folder, replace_file
 from loop.heldout import heldout_loss
-from loop.launch import launched_processes, run_command
+from loop.launch import launched_processes, make_accelerator, run_command
 from loop.ledger import LedgerPosition
 from loop.loss import SummedLoss
 from loop.model import adapter_config_json, restore_adapter
 from loop.optim import learning_rate, optimizer_tensors, restore_optimizer
-from loop.record import Record, environment, open_session
+from loop.record import Record, open_session
 from loop.result import Result, finish, keep_sample, stop
 from loop.resume import find_checkpoint
-from loop.run import Run, describe, prepare_run, rehearse, run_manifest
+from loop.run import Run, compare_processes, describe, environment_of, prepare_run, rehearse, run_manifest
 from loop.steps import Step
 
 
@@ -38,8 +40,7 @@ def optimizer_step(
 ) -> tuple[float, float]:
     """One update of the adapter; returns the loss in nats per target token and the gradient's norm before clipping.
 
-    Raises: NonFiniteError on every process alike, before the adapter or the moments have moved.
-    """
+    Raises: NonFiniteError on every process alike, before the adapter or the moments have moved."""
     # 1. The divisor first: the targets of the whole step, counted before any forward, equal on every process.
     scale = 1.0 / step.target_tokens
 
@@ -57,7 +58,7 @@ def optimizer_step(
 
     # 3. Update: refuse what is not finite before anything moves; clip; step; zero.
     grad_norm = torch.linalg.vector_norm(flat[:-1])
-    mean_loss, norm = torch.stack([flat[-1], grad_norm]).tolist()  # the step's one device sync
+    mean_loss, norm = torch.stack([flat[-1], grad_norm]).tolist()  # the one sync of this function
     if not (math.isfinite(mean_loss) and math.isfinite(norm)):
         raise NonFiniteError(
             f"step {step.step}: loss {mean_loss}, gradient norm {norm}, rows {step.rows}: the adapter was not touched "
@@ -88,27 +89,33 @@ def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
 def train(config: Config, sources: dict[str, str] | None = None) -> Result:
     """Train to the end (or `stop_after_steps`), from the newest checkpoint if there is one.
 
-    Raises: any LoopError; whatever was saved before stays valid.
-    """
-    run = prepare_run(config)
-    accelerator, parameters = run.accelerator, list(run.parameters.values())
-    checkpoint, passed_over = find_checkpoint(run.folder, config.resume_from_checkpoint, run.identity)
-    accelerator.wait_for_everyone()  # all have read before the main process writes
+    Raises: any LoopError; whatever was saved before stays valid."""
+    accelerator = make_accelerator(config)
+    with lock_folder(Path(config.output_dir)) if accelerator.is_main_process else nullcontext():
+        return train_run(prepare_run(config, accelerator), sources or {})
+
+
+def train_run(run: Run, sources: dict[str, str]) -> Result:
+    """The loop over steps. What is not guarded by `record` is done by all processes, collectives included."""
+    config, accelerator, parameters = run.config, run.accelerator, list(run.parameters.values())
+    checkpoint, notices = find_checkpoint(run.folder, config.resume_from_checkpoint, run.identity)
+    compare_processes(accelerator, {"checkpoint to go on from": b"%d" % (checkpoint.step if checkpoint else -1)})
     if checkpoint is not None:
-        restore(run, checkpoint)
+        restore_adapter(run.parameters, checkpoint.adapter)
+        restore_optimizer(run.optimizer, run.parameters, checkpoint.optimizer)
         if checkpoint.step == run.num_steps:
             return finish(run)
-    head_notice = rehearse(run)
+    notices += rehearse(run)
     first = checkpoint.step if checkpoint else 0
     last = min(run.num_steps, first + (config.stop_after_steps or run.num_steps))
-    record = open_record(run, checkpoint, sources or {}) if accelerator.is_main_process else None
-    for notice in [*passed_over, *head_notice]:
+    record = open_record(run, checkpoint, sources) if accelerator.is_main_process else None
+    for notice in notices:
         accelerator.print(notice)
     if checkpoint is None:
         evaluate(run, record, 0)
         keep_sample(run, "base")
-    pin = accelerator.device.type == "cuda"
-    for step in DataLoader(run.steps, sampler=range(first, last), batch_size=None, pin_memory=pin):
+    to_gpu = accelerator.device.type == "cuda"
+    for step in DataLoader(run.steps, sampler=range(first, last), batch_size=None, pin_memory=to_gpu):
         rate = learning_rate(step.step, config, run.num_steps)
         loss, grad_norm = optimizer_step(accelerator, run.loss, run.optimizer, parameters, step, rate, config)
         done = step.step + 1
@@ -125,27 +132,22 @@ def train(config: Config, sources: dict[str, str] | None = None) -> Result:
 
 def open_record(run: Run, checkpoint: Checkpoint | None, sources: dict[str, str]) -> Record:
     """Say what is about to run, write `config.yaml` and this session into `run.json`, and open the ledger."""
-    resumed_at = checkpoint.step if checkpoint else None
-    announced = {**environment(run.accelerator), **run.config.with_resume("announced")}
+    first_step = checkpoint.step if checkpoint else 0
+    here = environment_of(run)
+    changes = differences(checkpoint.environment, here) if checkpoint else []
     print("\n".join(describe(run)), flush=True)
-    for change in open_session(run.folder / "run.json", run_manifest(run), announced, resumed_at):
-        print(f"not bit-exact from step {resumed_at}: {change}", flush=True)
+    for change in changes:
+        print(f"not bit-exact from step {first_step}: {change}", flush=True)
+    open_session(run.folder / "run.json", run_manifest(run), here, first_step, changes)
     replace_file(run.folder / "config.yaml", config_yaml(run.config, sources).encode())
     start = checkpoint.ledger if checkpoint else LedgerPosition(0, 0, run.identity_sha256)
-    return Record(run.folder, start, resumed_at or 0, run.num_steps, run.config.logging_steps)
-
-
-def restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Put the adapter and the moments back. The base was never in the checkpoint; its checksum is in the identity."""
-    restore_adapter(run.parameters, checkpoint.adapter)
-    restore_optimizer(run.optimizer, run.parameters, checkpoint.optimizer)
+    return Record(run.folder, start, first_step, run.num_steps, run.config.logging_steps)
 
 
 def evaluate(run: Run, record: Record | None, updates: int) -> None:
     """Take the held-out loss after `updates` updates, on all processes, if rows were held out."""
     if len(run.data.heldout) > 0:
-        budget, pad = run.config.micro_batch_tokens, run.steps.pad_token_id
-        loss = heldout_loss(run.accelerator, run.loss, run.data.heldout, budget, pad)
+        loss = heldout_loss(run.accelerator, run.loss, run.data.heldout, run.steps)
         if record is not None:
             record.evaluation(updates, loss, run.data.counts["heldout_target_tokens"])
             record.pause()
@@ -156,10 +158,11 @@ def save(run: Run, record: Record, step: int) -> None:
     checkpoint = Checkpoint(
         step=step,
         identity=run.identity,
-        ledger=record.synced_position(),
+        ledger=record.ledger.sync(),
         adapter_config=adapter_config_json(run.model, run.config),
         adapter=dict(run.parameters),
         optimizer=optimizer_tensors(run.optimizer, run.parameters),
+        environment=environment_of(run),
     )
     folder = run.folder / "checkpoints"
     prune_checkpoints(folder, write_checkpoint(folder, checkpoint), run.config.save_total_limit)

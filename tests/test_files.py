@@ -329,11 +329,12 @@ def test_a_prepared_folder_is_swept_of_what_a_killed_process_left_and_of_nothing
         (folder / leftover).mkdir(parents=True)
         (folder / leftover / "a").write_bytes(b"1")
     (folder / ".tmp-run.json").write_bytes(b"{")
-    (folder / ".tmp-link").symlink_to(outside)
+    (folder / ".tmp-step-000003").symlink_to(outside)
+    (folder / ".tmp-of-somebody").mkdir()
     (folder / "step-000001").mkdir()
     (folder / "notes.tmp").write_bytes(b"2")
     prepare_folder(folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["notes.tmp", "step-000001"]
+    assert sorted(path.name for path in folder.iterdir()) == [".tmp-of-somebody", "notes.tmp", "step-000001"]
     assert tree(outside) == {"precious": b"1"}
 
 

@@ -75,7 +75,11 @@ def test_a_precision_that_is_not_kept_is_refused_with_both_values(
 @pytest.mark.parametrize(
     ("environment", "knobs", "named"),
     [
-        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {"dtype": "float64"}, "dtype: float64 with mixed_precision bf16"),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "true"},
+            {"dtype": "float64"},
+            "dtype: float64 with mixed_precision bf16",
+        ),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"}, {}, "gradient_accumulation_steps: "),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {}, "dynamo_backend: "),
         ({"WORLD_SIZE": "2"}, {}, "launch config: "),  # no address where the two would meet
@@ -94,7 +98,7 @@ def test_a_launch_config_that_would_do_something_else_than_asked_is_refused(
 def test_bf16_of_the_launch_config_is_in_the_run_and_its_adapter_stays_float32(
     settings: Settings, tmp_path: Path
 ) -> None:
-    bf16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    bf16 = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "true"}
     launched = start(flags(settings(max_steps=1)), tmp_path / "log", environment=bf16)
     assert launched.wait() == [0], launched.text()
     assert "precision bf16" in launched.text()

@@ -53,7 +53,7 @@ def test_a_step_is_one_line_of_the_ledger_with_these_keys_and_one_of_the_metrics
     record = Record(tmp_path, EMPTY, first_step=0, num_steps=2, logging_steps=1)
     record.evaluation(0, 6.5, 99)
     record.step(step(0), loss=2.5, grad_norm=0.5, rate=1e-3, device=CPU)
-    assert record.synced_position().lines == 2
+    assert record.ledger.sync().lines == 2
     record.close()
     evaluation, line = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
     chain = {"prev", "hash"}
@@ -191,11 +191,12 @@ def test_run_json_says_what_was_trained_on_what_and_what_came_out(finished: Path
 
 def test_run_json_of_another_identity_gives_no_sessions_to_this_one(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
-    assert open_session(path, {"identity_sha256": "a"}, {"threads": 1}, resumed_at=None) == []
-    assert open_session(path, {"identity_sha256": "b"}, {"threads": 2}, resumed_at=None) == []
+    open_session(path, {"identity_sha256": "a"}, {"threads": 1}, 0, [])
+    open_session(path, {"identity_sha256": "b"}, {"threads": 2}, 0, [])
     assert [session["threads"] for session in read_run(path)["sessions"]] == [2]
-    assert open_session(path, {"identity_sha256": "b"}, {"threads": 3}, resumed_at=5) == ["threads was 2, is 3"]
+    open_session(path, {"identity_sha256": "b"}, {"threads": 3}, 5, ["threads was 2, is 3"])
     assert [session["first_step"] for session in read_run(path)["sessions"]] == [0, 5]
+    assert read_run(path)["sessions"][1]["not_bit_exact"] == ["threads was 2, is 3"]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"5", b"\xff"])

@@ -1,18 +1,24 @@
 """The loop against references it does not share: transformers' own loss in float64, and its own uninterrupted run."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from loop.config import Config
+from loop.train import train
 from tests.conftest import flags
-from tests.processes import NO_NETWORK, run, start, wait_until
+from tests.processes import run, start, wait_until
 
 Settings = Callable[..., dict[str, Any]]
 
@@ -204,7 +210,7 @@ def test_a_resume_at_any_step_equals_the_straight_run(first: int, settings: Sett
 
 
 def test_bf16_autocast_trains_and_resumes_bit_for_bit(settings: Settings, tmp_path: Path) -> None:
-    bf16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    bf16 = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "true"}
     straight, parted = (settings(output_dir=str(tmp_path / name)) for name in ("straight", "parted"))
     run(flags(straight), tmp_path / "log", environment=bf16)
     run([*flags(parted), "--stop_after_steps", "2"], tmp_path / "log", environment=bf16)
@@ -248,10 +254,96 @@ def test_a_loss_that_is_not_finite_stops_before_the_adapter_moves(
 
 
 def test_run_on_local_files_opens_no_socket(settings: Settings, tmp_path: Path) -> None:
-    run(flags(settings(eval_fraction=0.1, sample_prompt="A good")), tmp_path / "log", environment=NO_NETWORK)
-    absent = start(flags(settings(model_name_or_path="nobody/nothing")), tmp_path / "hub", environment=NO_NETWORK)
-    assert absent.wait() == [6]  # HF_HUB_OFFLINE; without it the hook itself would end the process
-    assert "nobody/nothing" in absent.text()
+    words = flags(settings(eval_fraction=0.1, sample_prompt="A good", max_steps=2))
+    # A process of its own, because the libraries read HF_HUB_OFFLINE when they are imported: here it is not set.
+    code = "from tests.processes import run_without_network; run_without_network()"
+    online = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    done = subprocess.run([sys.executable, "-c", code, *words], env=online, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    words[words.index("--model_name_or_path") + 1] = "nobody/nothing"
+    done = subprocess.run([sys.executable, "-c", code, *words], env=online, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 99  # a Hub id does open one
+    assert "used the network" in done.stderr
+
+
+def test_second_run_in_the_same_folder_is_refused_with_five_and_harms_nothing(
+    settings: Settings, tmp_path: Path
+) -> None:
+    straight, shared = (settings(output_dir=str(tmp_path / name), max_steps=60) for name in ("straight", "shared"))
+    run(flags(straight), tmp_path / "log")
+    first = start(flags(shared), tmp_path / "first")
+    ledger_file = Path(shared["output_dir"]) / "ledger.jsonl"
+    assert wait_until(lambda: size(ledger_file) > 0, first)
+    second = start(flags(shared), tmp_path / "second")
+    assert second.wait() == [5]
+    assert "another run is writing to" in second.text().strip().splitlines()[-1]
+    assert first.wait() == [0], first.text()
+    assert_same_run(Path(shared["output_dir"]), Path(straight["output_dir"]))
+
+
+def test_held_out_loss_that_is_not_finite_ends_with_seven(llama: Path, settings: Settings, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    model.model.embed_tokens.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "nan")
+    AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "nan")
+    for num_processes in (1, 2):
+        used = settings(model_name_or_path=str(tmp_path / "nan"), eval_fraction=0.2)
+        launched = start(flags(used), tmp_path / f"log-{num_processes}", num_processes)
+        assert launched.wait() == [7] * num_processes
+        assert launched.text().strip().splitlines()[-1].startswith("error: the held-out loss is nan")
+
+
+def test_resume_compares_with_what_wrote_the_checkpoint_not_with_the_last_start(
+    settings: Settings, tmp_path: Path
+) -> None:
+    used = settings(max_steps=60, save_steps=3)
+    run([*flags(used), "--stop_after_steps", "3"], tmp_path / "log")
+    changed = [*flags(used), "--micro_batch_tokens", "128"]
+    killed = start([*changed, "--save_steps", "100"], tmp_path / "killed")
+    before = size(Path(used["output_dir"]) / "ledger.jsonl")
+    assert wait_until(lambda: size(Path(used["output_dir"]) / "ledger.jsonl") > before, killed)
+    killed.kill()
+    again = run([*changed, "--stop_after_steps", "1"], tmp_path / "again")
+    assert "not bit-exact from step 3: micro_batch_tokens was 256, is 128" in again.text()
+    once_more = run([*changed, "--stop_after_steps", "1"], tmp_path / "once-more")
+    assert "not bit-exact" not in once_more.text()
+
+
+def test_row_longer_than_the_models_context_is_refused_with_two(gpt2: Path, settings: Settings, tmp_path: Path) -> None:
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"text": "a b c d " * 200}) + "\n")
+    used = settings(model_name_or_path=str(gpt2), dataset_name=str(long), max_length=300, micro_batch_tokens=300)
+    launched = start(flags(used), tmp_path / "log")
+    assert launched.wait() == [2]
+    assert "a row has 300 tokens, the model takes 256" in launched.text().strip().splitlines()[-1]
+
+
+def test_bf16_without_a_gpu_is_refused_unless_the_cpu_is_asked_for(settings: Settings, tmp_path: Path) -> None:
+    launched = start(flags(settings()), tmp_path / "log", environment={"ACCELERATE_MIXED_PRECISION": "bf16"})
+    assert launched.wait() == [2]
+    assert "bf16 is for a GPU and torch sees none" in launched.text()
+
+
+def test_gradient_crosses_processes_once_a_step_with_the_loss_behind_it(
+    config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crossed = []
+    reduce = Accelerator.reduce
+    monkeypatch.setattr(
+        Accelerator, "reduce", lambda self, tensor, *rest: crossed.append(tensor) or reduce(self, tensor, *rest)
+    )
+    train(config(max_steps=3))
+    # r=4 on the four linear modules of two layers: 4 x (32 + 96 + 32 + 32 + 32 + 128 + 128 + 32) x 2 = 4,096 numbers.
+    assert [(tensor.numel(), tensor.dtype) for tensor in crossed] == [(4097, torch.float32)] * 3
+
+
+def test_moments_of_a_bf16_run_are_float32(settings: Settings, tmp_path: Path) -> None:
+    bf16 = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "true"}
+    used = settings(dtype="bfloat16", max_steps=1)
+    run(flags(used), tmp_path / "log", environment=bf16)
+    folder = Path(used["output_dir"]) / "checkpoints" / "step-000001"
+    for file in ("optimizer.safetensors", "adapter_model.safetensors"):
+        assert {tensor.dtype for tensor in load_file(folder / file).values()} == {torch.float32}
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
