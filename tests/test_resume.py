@@ -8,6 +8,7 @@ import pytest
 
 from tests.conftest import flags
 from tests.processes import start
+from tests.test_checkpoint import rebuild_manifest
 
 Again = Callable[..., tuple[int | None, str]]
 
@@ -256,11 +257,12 @@ def test_what_moves_only_the_last_bits_goes_on_says_so_and_is_recorded(
 
 
 def test_another_version_of_a_library_goes_on_and_says_so(half: Path, again: Again) -> None:
-    path = half / "run.json"
-    manifest = json.loads(path.read_bytes())
-    version = manifest["sessions"][0]["versions"]["peft"]
-    manifest["sessions"][0]["versions"]["peft"] = "0.0.1"
-    path.write_text(json.dumps(manifest))
+    path = half / "checkpoints" / "step-000004" / "state.json"
+    state = json.loads(path.read_bytes())
+    version = state["environment"]["versions"]["peft"]
+    state["environment"]["versions"]["peft"] = "0.0.1"
+    path.write_text(json.dumps(state, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
+    rebuild_manifest(path.parent)
     code, text = again(half)
     assert code == 0, text
     assert f"not bit-exact from step 4: versions.peft was '0.0.1', is '{version}'\n" in text
