@@ -26,12 +26,9 @@ class Batch(NamedTuple):
 
     Shapes: each field is (B, T), int64."""
 
-    input_ids: Tensor
-    """Token ids; any legal id at padding, where it is neither attended to nor a target."""
-    attention_mask: Tensor
-    """1 for a token of the row, 0 for padding. Made from lengths, never from token values."""
-    targets: Tensor
-    """`targets[b, t]` is the token that position t must predict, or IGNORE_INDEX."""
+    input_ids: Tensor  # token ids; any legal id at padding, where it is neither attended to nor a target
+    attention_mask: Tensor  # 1 for a token of the row, 0 for padding; made from lengths, never from token values
+    targets: Tensor  # targets[b, t] is the token that position t must predict, or IGNORE_INDEX
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to `device`; asynchronous from pinned memory, because the stream orders what follows."""

@@ -162,7 +162,7 @@ def parse_command_line(argv: list[str], num_processes: int = 1) -> CommandLine:
         foreign |= {key: value for key, value in given.items() if key not in FIELDS}
         for name in given.keys() - foreign.keys():
             values[name], sources[name] = given[name], source
-    errors += answer_foreign_keys(foreign, num_processes, list(FIELDS))
+    errors += answer_foreign_keys(foreign, num_processes, [*FIELDS, "config", "print_config", "debug"])
     try:
         config = Config(**values)
     except ValidationError as error:

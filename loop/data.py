@@ -57,10 +57,9 @@ class Data:
     train: Examples
     heldout: Examples
     counts: dict[str, int]
-    fingerprint: str
-    """sha256 over every token id, length and target start, and over which rows are trained on and held out."""
-    commit: str | None
-    """Of the dataset, where it came from the Hub."""
+    fingerprint: str  # sha256 over every token id, length and target start, and over which rows are in which part
+    templates: list[str]  # [text], or [prompt, completion]
+    commit: str | None  # of the dataset, where it came from the Hub
     largest_token_id: int
 
 
@@ -82,7 +81,8 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
     if len(train) == 0 or (config.dataset_test_split is not None and len(heldout) == 0):
         raise DataError(f"{config.dataset_name}: no rows are left to train on or to hold out: {counts}")
     fingerprint, largest_token_id = _fingerprint(train, heldout)
-    return Data(train, heldout, counts, fingerprint, commit, largest_token_id)
+    templates = resolve_templates(config, source.column_names)
+    return Data(train, heldout, counts, fingerprint, templates, commit, largest_token_id)
 
 
 def resolve_templates(config: Config, columns: list[str]) -> list[str]:
@@ -141,7 +141,9 @@ def _load(config: Config, split: str) -> tuple[Dataset, str | None]:
     except StopIteration as error:
         raise DataError(f"dataset_name: {name}: holds no rows") from error
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
-        raise DataError(f"dataset_name: {name}: {_first_line(error.__cause__ or error)}") from error
+        found = _first_line(error.__cause__ or error)
+        words = "holds no rows" if "corresponds to no data" in found else found
+        raise DataError(f"dataset_name: {name}: {words}") from error
 
 
 def _by_content(path: Path) -> Path:

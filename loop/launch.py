@@ -66,11 +66,13 @@ def run_command(command: Callable[[], None], debug: bool = False) -> int:
         message, code = _last_words(error)
         if debug or code == 1:
             traceback.print_exception(error)
+        elif isinstance(error, LoopError):
+            error.__traceback__ = error.__cause__ = None  # expected: the launcher shall quote the sentence only
         if launched_processes() > 1:
             get_error_handler().record_exception(error)  # the launcher has the last word, and quotes this
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, LoopError):
             print(f"error: {message}", file=sys.stderr, flush=True)
-        return code
+        return abs(code)
 
 
 def _last_words(error: BaseException) -> tuple[str, int]:
@@ -78,11 +80,11 @@ def _last_words(error: BaseException) -> tuple[str, int]:
     if isinstance(error, LoopError):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; the last checkpoint is intact and the same command goes on from it", 130
+        return "interrupted; the same command goes on from the last checkpoint, if there is one", 130
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
         return "out of memory; lower micro_batch_tokens or max_length, or set gradient_checkpointing: true", 5
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or 'output_dir'}: {error.strerror}; the last checkpoint is intact", 5
     if isinstance(error, torch.distributed.DistError) or "closed by peer" in str(error):
-        return "another process ended; its own message says why", 1
+        return "another process ended; its own message says why", -1  # no bug: no traceback
     return f"a bug of this program: {type(error).__name__}: {error}", 1

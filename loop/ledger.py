@@ -16,8 +16,7 @@ class LedgerPosition:
 
     lines: int
     bytes: int
-    head: str
-    """`hash` of the last line; the identity's sha256 if there is none."""
+    head: str  # `hash` of the last line; the identity's sha256 if there is none
 
 
 class Ledger:

@@ -209,8 +209,9 @@ def _clear_errors(config: Config, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        first_line = str(error).strip().split("\n")[0]
+        first_line = str(error).strip().split("\n")[0].rstrip(".")
         if Path(name).exists():
             message = f"model_name_or_path: no {what} in {name}: {first_line}; expected a folder with safetensors"
             raise ConfigError(message) from error
-        raise HubError(f"model_name_or_path: {name}: {first_line}; expected a folder, or a Hub id") from error
+        ways = f"expected a folder, or a Hub id that is online or downloaded before: hf download {name}"
+        raise HubError(f"model_name_or_path: {name}: {first_line}; {ways}") from error

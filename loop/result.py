@@ -18,10 +18,8 @@ class Result:
 
     steps: int
     num_steps: int
-    base_eval_loss: float | None
-    """Held-out nats per target token of the untouched base."""
-    eval_loss: float | None
-    """The same of the adapter, at the last evaluation."""
+    base_eval_loss: float | None  # held-out nats per target token of the untouched base
+    eval_loss: float | None  # the same of the adapter, at the last evaluation
     adapter_sha256: str
     ledger_head: str
 

@@ -165,10 +165,11 @@ def describe(run: Run) -> list[str]:
     numbers = f"{trained['trained_parameters']:,} of {trained['all_parameters']:,} parameters"
     share = trained["trained_parameters"] / trained["all_parameters"]
     epochs = run.steps.positions / len(run.data.train)
+    fate = f"{dropped:,} dropped, {counts['truncated']:,} truncated, {counts['duplicate_train_rows']:,} duplicates"
+    rows = f"{len(run.data.train):,} rows with {counts['train_target_tokens']:,} target tokens to train on"
     return [
-        f"data   {_public_name(config.dataset_name)}: {len(run.data.train):,} rows to train on with "
-        f"{counts['train_target_tokens']:,} target tokens, {len(run.data.heldout):,} held out, {dropped:,} dropped, "
-        f"{counts['truncated']:,} truncated, {counts['duplicate_train_rows']:,} duplicates",
+        f"data   {_public_name(config.dataset_name)} as {' -> '.join(run.data.templates)!r}: {rows}, "
+        f"{len(run.data.heldout):,} held out, {fate}",
         f"model  {_public_name(config.model_name_or_path)}: frozen in {', '.join(trained['base_dtypes'])}, "
         f"checksum {run.identity['base_checksum'][:12]}",
         f"LoRA   r={config.lora_r} on {', '.join(trained['target_modules'])}: trains {numbers} ({share:.3%})",

@@ -16,15 +16,12 @@ class Step(NamedTuple):
 
     step: int
     epoch: int
-    rows: list[int]
-    """Indices into the dataset as loaded, of all processes, in drawn order."""
-    target_tokens: int
-    """The divisor: targets of all rows of the step, over all processes."""
+    rows: list[int]  # indices into the dataset as loaded, of all processes, in drawn order
+    target_tokens: int  # the divisor: targets of all rows of the step, over all processes
     tokens: int
     padded_tokens: int
     num_micro_batches: int
-    micro_batches: list[tuple[int, Batch]]
-    """This process's, each with its number k in the whole step."""
+    micro_batches: list[tuple[int, Batch]]  # this process's, each with its number k in the whole step
 
 
 @dataclass(frozen=True)
@@ -32,8 +29,7 @@ class Steps(Dataset[Step]):
     """Maps the number of a step to the step, without state: item k is the same whenever it is asked for."""
 
     examples: Examples
-    positions: int
-    """Rows of the whole run, repeats counted."""
+    positions: int  # rows of the whole run, repeats counted
     global_batch_size: int
     micro_batch_tokens: int
     seed: int

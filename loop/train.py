@@ -135,7 +135,8 @@ def open_record(run: Run, checkpoint: Checkpoint | None, sources: dict[str, str]
     first_step = checkpoint.step if checkpoint else 0
     here = environment_of(run)
     changes = differences(checkpoint.environment, here) if checkpoint else []
-    print("\n".join(describe(run)), flush=True)
+    resumed = [f"resume from step {first_step}, {run.folder / 'checkpoints'}"] if checkpoint else []
+    print("\n".join([*describe(run), *resumed]), flush=True)
     for change in changes:
         print(f"not bit-exact from step {first_step}: {change}", flush=True)
     open_session(run.folder / "run.json", run_manifest(run), here, first_step, changes)
