@@ -2,8 +2,11 @@
 
 import json
 import math
+import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -11,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.conftest import DEMO_MODEL, QUOTES
 from tests.processes import run
 from tests.test_train import ledger
+
+ROOT = Path(__file__).parent.parent
 
 
 def demo(folder: Path, *more: str) -> list[float]:
@@ -69,3 +74,30 @@ def test_tokenizer_keeps_pad_eos_and_bos_apart_and_any_text_whole() -> None:
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text
     assert not set(ids) & {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of what the README's reader runs: PEFT's own
+def test_readme_shows_this_programs_losses_and_its_code_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    losses = demo(tmp_path / "runs" / "demo")
+    shown = [float(loss) for loss in re.findall(r"held-out loss (\d+\.\d{4})", readme)]
+    assert shown == pytest.approx([losses[0], losses[-1]], abs=2e-3)
+    (tmp_path / "loop").symlink_to(ROOT / "loop")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    exec(code, {})
+    assert capsys.readouterr().out.startswith("“A good tool")
+
+
+def test_snippet_of_the_audit_map_gives_the_rows_of_a_process() -> None:
+    text = (ROOT / "loop" / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names: dict[str, Any] = {"lengths": np.random.RandomState(0).randint(10, 500, 2508)}
+    exec(code, names)
+    whole = np.random.RandomState([42, 0]).permutation(2508)[37 * 32 : 38 * 32]
+    for part in ("process_1_of_2", "process_1_of_4"):
+        rows = np.concatenate(names[part])
+        assert 0 < len(rows) < 32
+        assert set(rows) < set(whole)
