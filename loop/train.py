@@ -112,8 +112,8 @@ def train_run(run: Run, sources: dict[str, str]) -> Result:
     for notice in notices:
         accelerator.print(notice)
     if checkpoint is None:
-        evaluate(run, record, 0)
         keep_sample(run, "base")
+        evaluate(run, record, 0)
     to_gpu = accelerator.device.type == "cuda"
     for step in DataLoader(run.steps, sampler=range(first, last), batch_size=None, pin_memory=to_gpu):
         rate = learning_rate(step.step, config, run.num_steps)

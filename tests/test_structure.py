@@ -91,10 +91,7 @@ def test_training_imports_no_command_that_talks_to_the_hub() -> None:
 
 def test_update_fits_on_one_screen() -> None:
     lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions("train")}
-    docstring = len(
-        (ast.get_docstring(next(n for n in functions("train") if n.name == "optimizer_step")) or "").split("\n")
-    )
-    assert lengths["optimizer_step"] - docstring <= LIMITS["optimizer_step"]
+    assert lengths["optimizer_step"] <= LIMITS["optimizer_step"]
 
 
 def test_no_function_is_longer_than_sixty_lines() -> None:
