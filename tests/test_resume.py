@@ -307,7 +307,7 @@ def test_a_run_of_which_every_checkpoint_is_torn_is_not_restarted(half: Path, ag
     assert (code, tree(half)) == (4, before), text
     assert "passed over step-000002: " in text
     assert "passed over step-000004: " in text
-    assert text.endswith("no checkpoint is whole; the run was not restarted\n")
+    assert text.endswith("no checkpoint is whole; restore one, or give another output_dir\n")
 
 
 def test_an_adapter_without_a_checkpoint_is_not_trained_over(straight: Path, again: Again) -> None:
