@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils import DistributedType, DynamoBackend, parse_flag_from_env
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from loop.config import Config
@@ -32,7 +32,7 @@ def make_accelerator(config: Config) -> Accelerator:
         raise ConfigError(f"mixed_precision: found {asked} in the launch config, expected no or bf16")
     if asked == "bf16" and config.dtype == "float64":
         raise ConfigError("dtype: float64 with mixed_precision bf16 in the launch config; autocast would lower it")
-    if asked == "bf16" and not torch.cuda.is_available() and "ACCELERATE_USE_CPU" not in os.environ:
+    if asked == "bf16" and not torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         raise ConfigError(
             "mixed_precision: bf16 is for a GPU and torch sees none; for the CPU use launch_configs/cpu.yaml"
         )

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from tests.conftest import flags
 from tests.processes import run
@@ -108,6 +109,15 @@ def test_launch_flag_given_to_the_program_is_answered(tmp_path: Path) -> None:
     done = launch("cpu.yaml", ["--config", "demo", "--config_file", "launch_configs/cpu.yaml"], tmp_path)
     assert "it goes before -m: accelerate launch --config_file FILE" in done.stderr.strip().splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("launch_config", ["one_gpu.yaml", "multi_gpu.yaml"])
+def test_gpu_launch_config_without_a_gpu_is_refused(launch_config: str, settings: Settings, tmp_path: Path) -> None:
+    done = launch(launch_config, flags(settings()), tmp_path)
+    assert done.returncode == 1
+    assert "mixed_precision: bf16 is for a GPU and torch sees none" in done.stderr
+    assert not Path(settings()["output_dir"]).exists()
 
 
 def test_program_runs_without_a_launcher_as_one_process(settings: Settings, tmp_path: Path) -> None:
