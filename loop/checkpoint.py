@@ -92,7 +92,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         adapter_config=contents["adapter_config.json"],
         adapter=_deserialise(contents["adapter_model.safetensors"], path / "adapter_model.safetensors"),
         optimizer=_deserialise(contents["optimizer.safetensors"], path / "optimizer.safetensors"),
-        environment=dict(environment or {}),
+        environment=state["environment"],
     )
 
 

@@ -125,9 +125,8 @@ def _load(config: Config, split: str) -> tuple[Dataset, str | None]:
     try:
         if path.suffix in FILE_FORMATS:
             form = FILE_FORMATS[path.suffix]
-            encoding = (
-                {"encoding": "utf-8-sig"} if form == "text" else {}
-            )  # the others drop a byte order mark themselves
+            # A byte order mark is no text; the other readers drop it themselves.
+            encoding = {"encoding": "utf-8-sig"} if form == "text" else {}
             builder = load_dataset_builder(form, data_files=str(_by_content(path)), token=False, **encoding)
         else:
             revision = config.dataset_revision

@@ -16,6 +16,7 @@ from loop.errors import ConfigError, LoopError
 
 _PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=2))
 """Longer than a slow disk or the tokenising of a large dataset, which the others wait for."""
+_PEER_ENDED = "another process ended; its own message says why"
 
 
 def launched_processes() -> int:
@@ -64,7 +65,7 @@ def run_command(command: Callable[[], None], debug: bool = False) -> int:
         return 0
     except (Exception, KeyboardInterrupt) as error:
         message, code = _last_words(error)
-        if debug or code == 1:
+        if debug or (code == 1 and message != _PEER_ENDED):
             traceback.print_exception(error)
         elif isinstance(error, LoopError):
             error.__traceback__ = error.__cause__ = None  # expected: the launcher shall quote the sentence only
@@ -72,7 +73,7 @@ def run_command(command: Callable[[], None], debug: bool = False) -> int:
             get_error_handler().record_exception(error)  # the launcher has the last word, and quotes this
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, LoopError):
             print(f"error: {message}", file=sys.stderr, flush=True)
-        return abs(code)
+        return code
 
 
 def _last_words(error: BaseException) -> tuple[str, int]:
@@ -86,5 +87,5 @@ def _last_words(error: BaseException) -> tuple[str, int]:
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or 'output_dir'}: {error.strerror}; the last checkpoint is intact", 5
     if isinstance(error, torch.distributed.DistError) or "closed by peer" in str(error):
-        return "another process ended; its own message says why", -1  # no bug: no traceback
+        return _PEER_ENDED, 1
     return f"a bug of this program: {type(error).__name__}: {error}", 1

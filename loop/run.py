@@ -54,6 +54,8 @@ class Run:
     census: dict[str, Any]
     identity: dict[str, Any]
     """What may not change in a resume; its sha256 is the ledger's first `prev`."""
+    environment: dict[str, Any]
+    """What may, and then is not bit-exact: versions, processes, threads, device, the cut. As they were at the start."""
 
     @property
     def folder(self) -> Path:
@@ -90,7 +92,7 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
     optimizer = accelerator.prepare_optimizer(adamw(parameters.values(), config))
     trained = census(model)
     identity = _identity(config, accelerator, data, model, trained)
-    here = environment(accelerator)
+    here = {**environment(accelerator), **config.with_resume("announced")}
     knobs = {**config.with_resume("announced", "free"), "output_dir": None}
     facts = {"identity": identity, "knobs": knobs, "versions": [here["versions"], here["source_sha256"]]}
     compared = {name: canonical_json(fact) for name, fact in facts.items()}
@@ -110,7 +112,7 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
     if warmup(config, total) > total:
         raise ConfigError(f"warmup_steps: {config.warmup_steps:g} is longer than the run of {total} steps")
     return Run(
-        config, accelerator, tokenizer, data, model, loss, parameters, optimizer, steps, total, trained, identity
+        config, accelerator, tokenizer, data, model, loss, parameters, optimizer, steps, total, trained, identity, here
     )
 
 
@@ -202,11 +204,6 @@ def compare_processes(accelerator: Accelerator, facts: dict[str, bytes]) -> None
         for name, mine, first in zip(facts, found, gathered[0]):
             if not torch.equal(mine, first):
                 raise LoopError(f"process {process} differs from process 0 in its {name}; all must have the same")
-
-
-def environment_of(run: Run) -> dict[str, Any]:
-    """What a resume may change, and then is not bit-exact: versions, processes, threads, device, the cut."""
-    return {**environment(run.accelerator), **run.config.with_resume("announced")}
 
 
 def _public_name(name: str) -> str:

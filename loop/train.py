@@ -25,7 +25,7 @@ from loop.optim import learning_rate, optimizer_tensors, restore_optimizer
 from loop.record import Record, open_session
 from loop.result import Result, finish, keep_sample, stop
 from loop.resume import find_checkpoint
-from loop.run import Run, compare_processes, describe, environment_of, prepare_run, rehearse, run_manifest
+from loop.run import Run, compare_processes, describe, prepare_run, rehearse, run_manifest
 from loop.steps import Step
 
 
@@ -133,13 +133,12 @@ def train_run(run: Run, sources: dict[str, str]) -> Result:
 def open_record(run: Run, checkpoint: Checkpoint | None, sources: dict[str, str]) -> Record:
     """Say what is about to run, write `config.yaml` and this session into `run.json`, and open the ledger."""
     first_step = checkpoint.step if checkpoint else 0
-    here = environment_of(run)
-    changes = differences(checkpoint.environment, here) if checkpoint else []
+    changes = differences(checkpoint.environment, run.environment) if checkpoint else []
     resumed = [f"resume from step {first_step}, {run.folder / 'checkpoints'}"] if checkpoint else []
     print("\n".join([*describe(run), *resumed]), flush=True)
     for change in changes:
         print(f"not bit-exact from step {first_step}: {change}", flush=True)
-    open_session(run.folder / "run.json", run_manifest(run), here, first_step, changes)
+    open_session(run.folder / "run.json", run_manifest(run), run.environment, first_step, changes)
     replace_file(run.folder / "config.yaml", config_yaml(run.config, sources).encode())
     start = checkpoint.ledger if checkpoint else LedgerPosition(0, 0, run.identity_sha256)
     return Record(run.folder, start, first_step, run.num_steps, run.config.logging_steps)
@@ -163,7 +162,7 @@ def save(run: Run, record: Record, step: int) -> None:
         adapter_config=adapter_config_json(run.model, run.config),
         adapter=dict(run.parameters),
         optimizer=optimizer_tensors(run.optimizer, run.parameters),
-        environment=environment_of(run),
+        environment=run.environment,
     )
     folder = run.folder / "checkpoints"
     prune_checkpoints(folder, write_checkpoint(folder, checkpoint), run.config.save_total_limit)
