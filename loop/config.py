@@ -6,13 +6,14 @@ Everything that is wrong is reported together, before anything is loaded."""
 import argparse
 import collections
 import dataclasses
+import itertools
 import os
 import string
 import typing
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -43,9 +44,11 @@ class Config:
     # What is trained.
     model_name_or_path: str = knob(..., "resolved", "Hub id or folder of the base model (safetensors)")
     model_revision: str | None = knob(None, "resolved", "branch, tag or commit of the base on the Hub")
-    dtype: Literal["float32", "bfloat16", "float64"] | None = knob(
-        None, "resolved", "of the frozen base; default bfloat16 on a GPU, float32 on CPU"
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = knob(
+        None, "resolved", "of the frozen base; default float32 on CPU, bfloat16 on a GPU (float16 if it has none)"
     )
+    load_in_4bit: bool = knob(False, "identity", "quantise the base: nf4, double quantisation, products in dtype")
+    load_in_8bit: bool = knob(False, "identity", "quantise the base: LLM.int8()")
     lora_r: int = knob(16, "identity", "rank of the update of each target module", ge=1)
     lora_alpha: int = knob(32, "identity", "the update is scaled by lora_alpha / lora_r", ge=1)
     lora_dropout: float = knob(0.0, "identity", "share of a LoRA input zeroed in training", ge=0, lt=1)
@@ -73,12 +76,17 @@ class Config:
     # How it is trained.
     seed: int = knob(42, "identity", "of the split, the order, LoRA's start and dropout", ge=0, lt=2**32)
     global_batch_size: int = knob(32, "identity", "rows per optimizer step, over all processes", ge=1)
-    micro_batch_tokens: int = knob(2048, "announced", "padded tokens in one forward of one process", ge=2)
+    micro_batch_tokens: Annotated[int, Field(ge=2)] | Literal["auto"] = knob(
+        2048, "announced", "padded tokens in one forward of one process; auto: halved until it fits"
+    )
     num_train_epochs: float = knob(3.0, "identity", "passes over the rows; fractions are allowed", gt=0)
     max_steps: int | None = knob(None, "identity", "optimizer steps; replaces num_train_epochs", ge=1)
     learning_rate: float = knob(2e-4, "identity", "the schedule's peak, per update", gt=0)
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = knob("linear", "identity", "shape after warm-up")
     warmup_steps: float = knob(0.0, "identity", "steps from 0 to the peak; below 1 a share of the run", ge=0)
+    optim: Literal["adamw_torch", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = knob(
+        "adamw_torch", "identity", "AdamW; its moments in 8 bits, or paged out when the GPU's memory is short"
+    )
     weight_decay: float = knob(0.0, "identity", "decoupled, on adapter tensors only", ge=0)
     adam_beta1: float = knob(0.9, "identity", "decay of the mean of gradients", ge=0, lt=1)
     adam_beta2: float = knob(0.999, "identity", "decay of the mean of squared gradients", ge=0, lt=1)
@@ -166,7 +174,8 @@ def parse_command_line(argv: list[str], num_processes: int = 1) -> CommandLine:
     try:
         config = Config(**values)
     except ValidationError as error:
-        errors += [_in_words(detail, sources) for detail in error.errors()]
+        by_knob = itertools.groupby(error.errors(), key=lambda detail: detail["loc"][:1])
+        errors += [_in_words(list(details), sources) for _, details in by_knob]
     if errors:
         raise ConfigError("\n".join(errors))
     return CommandLine(config, sources, options.print_config)
@@ -268,7 +277,7 @@ def _read_recipe(name: str) -> dict[str, Any]:
 
 def _contradictions(config: Config) -> Iterator[str]:
     """What is wrong between knobs that are each in range."""
-    if config.max_length > config.micro_batch_tokens:
+    if config.micro_batch_tokens != "auto" and config.max_length > config.micro_batch_tokens:
         sizes = f"{config.micro_batch_tokens} cannot hold one row of max_length {config.max_length}"
         yield f"micro_batch_tokens: {sizes}; raise the first or lower the second"
     if config.max_steps is not None and config.warmup_steps > config.max_steps:
@@ -279,17 +288,21 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "text_template: given together with prompt_template; choose one"
     if config.dataset_test_split is not None and config.eval_fraction > 0:
         yield "eval_fraction: given together with dataset_test_split; choose one"
+    if config.load_in_4bit and config.load_in_8bit:
+        yield "load_in_4bit, load_in_8bit: both are given; choose one"
+    if config.dtype == "float64" and (config.load_in_4bit or config.load_in_8bit):
+        yield "dtype: float64 with a quantised base, which computes in float32 or less"
 
 
-def _in_words(detail: Any, sources: dict[str, str]) -> str:
-    """One of pydantic's errors as one line (a contradiction may bring several)."""
-    message = str(detail["msg"]).removeprefix("Value error, ").removeprefix("Input ")
-    if not detail["loc"]:
-        return message
-    name = str(detail["loc"][0])
-    if detail["type"] in ("missing", "missing_keyword_only_argument"):
+def _in_words(details: list[Any], sources: dict[str, str]) -> str:
+    """pydantic's errors of one knob as one line (a contradiction between knobs may bring several)."""
+    messages = [str(detail["msg"]).removeprefix("Value error, ").removeprefix("Input ") for detail in details]
+    if not details[0]["loc"]:
+        return messages[0]
+    name = str(details[0]["loc"][0])
+    if details[0]["type"] in ("missing", "missing_keyword_only_argument"):
         return f"{name}: missing; give --{name}, or a recipe with --config"
-    return f"{name}: found {detail['input']!r}, {message} ({sources[name]})"
+    return f"{name}: found {details[0]['input']!r}, {', or '.join(messages)} ({sources[name]})"
 
 
 def _values(config: Config) -> dict[str, Any]:

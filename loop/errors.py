@@ -28,4 +28,12 @@ class HubError(LoopError):
 
 
 class NonFiniteError(LoopError):
-    exit_code = 7  # a loss, gradient or weight is NaN or infinite: this step did not touch the adapter
+    exit_code = 7  # a loss, gradient or weight is NaN, infinite or missing: this step did not touch the adapter
+
+
+class Stopped(LoopError):
+    """A signal ended the run early, as asked: what it had trained is in its last checkpoint."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number  # what a shell reports: 129 SIGHUP, 130 SIGINT, 143 SIGTERM

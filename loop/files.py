@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -115,23 +116,33 @@ def remove_folder(folder: Path) -> None:
 
 
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[str | None]:
     """Hold a folder against every other process until the end; the kernel lets go of it when a process dies.
 
-    Raises: EnvironmentFault at once if another process holds it, or if it cannot be made."""
+    The lock is on `folder/.lock`, which names its holder, so that the second start can say who is first. Yields a
+    notice where the last holder died holding it. Raises: EnvironmentFault at once if it is held, or cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
+        file = (folder / ".lock").open("a+")
     except OSError as error:
         raise EnvironmentFault(f"output_dir: {folder}: {error.strerror}; expected a writable folder") from error
-    try:
+    with file:
+        file.seek(0)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = file.read(200) or "another run"
+            raise EnvironmentFault(f"output_dir: {folder} is written to by {holder}; wait for it or stop it") from error
         except OSError as error:
-            raise EnvironmentFault(f"output_dir: another run is writing to {folder}; wait for it or stop it") from error
-        yield
-    finally:
-        os.close(handle)
+            raise EnvironmentFault(f"output_dir: {folder} cannot be locked: {error.strerror}; use another") from error
+        holder = file.read(200)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield f"{holder} ended without letting go of {folder}: taken over" if holder else None
+        finally:
+            file.truncate(0)
 
 
 def prepare_folder(folder: Path) -> None:

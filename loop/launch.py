@@ -7,15 +7,18 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, GradScalerKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, DynamoBackend, parse_flag_from_env
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from loop.config import Config
 from loop.errors import ConfigError, LoopError
+from loop.memory import is_out_of_memory, peak_memory
 
 _PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=2))
 """Longer than a slow disk or the tokenising of a large dataset, which the others wait for."""
+_NO_SCALER = GradScalerKwargs(enabled=False)
+"""accelerate's scaler skips steps whose gradient overflows; `loss_scale.py` repeats them."""
 _PEER_ENDED = "another process ended; its own message says why"
 
 
@@ -29,21 +32,24 @@ def make_accelerator(config: Config) -> Accelerator:
 
     Raises: ConfigError."""
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked not in ("no", "bf16"):
-        raise ConfigError(f"mixed_precision: found {asked} in the launch config, expected no or bf16")
-    if asked == "bf16" and config.dtype == "float64":
-        raise ConfigError("dtype: float64 with mixed_precision bf16 in the launch config; autocast would lower it")
-    if asked == "bf16" and not torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+    if asked not in ("no", "bf16", "fp16"):
+        raise ConfigError(f"mixed_precision: found {asked} in the launch config, expected no, bf16 or fp16")
+    if asked != "no" and config.dtype == "float64":
+        raise ConfigError(f"dtype: float64 with mixed_precision {asked} in the launch config; autocast would lower it")
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") and asked != "fp16"  # accelerate would take float32 there
+    if asked != "no" and not torch.cuda.is_available() and not on_cpu:
         raise ConfigError(
-            "mixed_precision: bf16 is for a GPU and torch sees none; for the CPU use launch_configs/cpu.yaml"
+            f"mixed_precision: {asked} is for a GPU and torch sees none; for the CPU use launch_configs/cpu.yaml"
         )
+    if asked == "bf16" and not on_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError("mixed_precision: this GPU has no bf16; use launch_configs/one_gpu_fp16.yaml")
     if config.full_determinism:  # what torch's "Reproducibility" asks for on CUDA; not yet run on a GPU
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     try:
         # Without a GPU cpu=True: only then does accelerate join several processes, over gloo.
-        accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[_PATIENCE])
+        accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[_PATIENCE, _NO_SCALER])
     except ValueError as error:  # accelerate's own: bf16 where the device has none
         raise ConfigError(f"launch config: {str(error).splitlines()[0]}") from error
     kind, processes = accelerator.distributed_type, accelerator.num_processes
@@ -82,8 +88,10 @@ def _last_words(error: BaseException) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the same command goes on from the last checkpoint, if there is one", 130
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-        return "out of memory; lower micro_batch_tokens or max_length, or set gradient_checkpointing: true", 5
+    if is_out_of_memory(error):
+        peak = peak_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu")) / 2**30
+        ways = "micro_batch_tokens (auto finds it) or max_length, or set gradient_checkpointing or load_in_4bit: true"
+        return f"out of memory after a peak of {peak:.1f} GiB; lower {ways}", 5
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or 'output_dir'}: {error.strerror}; the last checkpoint is intact", 5
     if isinstance(error, torch.distributed.DistError) or "closed by peer" in str(error):

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 from transformers.pytorch_utils import Conv1D
 
 from loop.config import Config
-from loop.errors import CheckpointError, ConfigError, HubError
+from loop.errors import CheckpointError, ConfigError, HubError, NonFiniteError
+from loop.quantise import dtype_name, keep_trainable, num_parameters, quantization_config
 
 _CHECKSUM_WORDS = 1 << 20
 
@@ -30,17 +31,29 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         )
 
 
+def base_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """`dtype`, else float32 on CPU, bfloat16 on a GPU that computes in it, float16 on an older one."""
+    if config.dtype is not None:
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        return dtype
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
 def load_base(config: Config, device: torch.device) -> PreTrainedModel:
-    """The base in one dtype on one device: safetensors only, no code of the repository, no token.
+    """The base in one dtype on one device, quantised if asked: safetensors only, no code of its repository, no token.
 
     Raises: ConfigError for a folder, HubError for a Hub id."""
-    dtype = config.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    dtype = base_dtype(config, device)
+    bits = 4 if config.load_in_4bit else 8 if config.load_in_8bit else 16
     with _clear_errors(config, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.model_name_or_path,
             revision=config.model_revision,
-            dtype=getattr(torch, dtype),
-            device_map={"": device} if device.type == "cuda" else None,
+            dtype=dtype,
+            quantization_config=quantization_config(bits, dtype),
+            device_map={"": device} if device.type == "cuda" or bits < 16 else None,
             use_safetensors=True,
             trust_remote_code=False,
             token=False,
@@ -51,6 +64,7 @@ def load_base(config: Config, device: torch.device) -> PreTrainedModel:
         if loading["missing_keys"] or loading["mismatched_keys"]:  # transformers would make them up, with a warning
             missing = sorted(str(key) for key in [*loading["missing_keys"], *loading["mismatched_keys"]])
             raise ValueError(f"no fitting tensor for {', '.join(missing[:3])}")
+    keep_trainable(model)
     return model
 
 
@@ -111,6 +125,14 @@ def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     return dict(sorted((names[parameter.data_ptr()], parameter) for parameter in trainable.values()))
 
 
+def gradients(parameters: dict[str, nn.Parameter]) -> list[Tensor]:
+    """What backward left in each, flattened. Raises: NonFiniteError by name where it left nothing, silently."""
+    missing = [name for name, parameter in parameters.items() if parameter.grad is None]
+    if missing:
+        raise NonFiniteError(f"{missing[0]}: is trained but got no gradient, like {len(missing) - 1} others")
+    return [parameter.grad.flatten() for parameter in parameters.values() if parameter.grad is not None]
+
+
 def restore_adapter(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
     """Copy saved tensors into the adapter, all or none. Raises: CheckpointError by name."""
     shapes = {name: (parameter.shape, parameter.dtype) for name, parameter in parameters.items()}
@@ -130,9 +152,9 @@ def census(model: PeftModel) -> dict[str, Any]:
     return {
         "target_modules": adapter_config["target_modules"],
         "trained_parameters": sum(parameter.numel() for parameter in trained.values()),
-        "all_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "base_dtypes": sorted({str(p.dtype)[6:] for p in model.parameters() if not p.requires_grad}),
-        "tensors": {name: [list(p.shape), str(p.dtype)[6:]] for name, p in trained.items()},
+        "all_parameters": sum(num_parameters(parameter) for parameter in model.parameters()),
+        "base_dtypes": sorted({dtype_name(p) for p in model.parameters() if not p.requires_grad}),
+        "tensors": {name: [list(p.shape), dtype_name(p)] for name, p in trained.items()},
     }
 
 

@@ -3,24 +3,36 @@
 import math
 from collections.abc import Iterable
 
+import bitsandbytes
 import torch
 from torch import Tensor, nn
 
 from loop.config import Config
-from loop.errors import CheckpointError
-
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+from loop.errors import CheckpointError, ConfigError
 
 
-def adamw(parameters: Iterable[nn.Parameter], config: Config) -> torch.optim.AdamW:
-    """torch's AdamW (Loshchilov and Hutter 2019), in the order given. The step's learning rate is set by the loop."""
-    return torch.optim.AdamW(
-        list(parameters),
+def adamw(parameters: Iterable[nn.Parameter], config: Config) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019), in the order given. The step's learning rate is set by the loop.
+
+    torch's, or bitsandbytes' with moments in blocks of 8 bits (Dettmers et al. 2022), or paged: in memory that the
+    GPU's driver moves out when it is short. Raises: ConfigError for a paged one without a GPU."""
+    parameters = list(parameters)
+    if config.optim.startswith("paged") and parameters[0].device.type != "cuda":
+        raise ConfigError(f"optim: {config.optim} pages GPU memory, and there is no GPU; write adamw_bnb_8bit")
+    kinds = {
+        "adamw_torch": torch.optim.AdamW,
+        "adamw_bnb_8bit": bitsandbytes.optim.AdamW8bit,
+        "paged_adamw_32bit": bitsandbytes.optim.PagedAdamW32bit,
+        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
+    }
+    optimizer: torch.optim.Optimizer = kinds[config.optim](
+        parameters,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
     )
+    return optimizer
 
 
 def warmup(config: Config, num_steps: int) -> int:
@@ -44,27 +56,33 @@ def learning_rate(step: int, config: Config, num_steps: int) -> float:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The moments of each tensor by name, such as `<tensor>.exp_avg`; empty before the first update."""
+    """The state of each adapter tensor by name, such as `<tensor>.exp_avg`; empty before the first update."""
     return {
-        f"{name}.{moment}": optimizer.state[parameter][moment]
+        f"{name}.{key}": torch.as_tensor(value)
         for name, parameter in parameters.items()
-        for moment in _MOMENTS
-        if parameter in optimizer.state
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if not key.startswith("qmap")  # bitsandbytes' table of the values of 8 bits: a constant
     }
 
 
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` gave. Raises: CheckpointError by name if a moment is missing or misshapen."""
-    wanted = {f"{name}.{moment}" for name in parameters for moment in _MOMENTS}
-    if set(tensors) != wanted:
-        raise CheckpointError(f"optimizer.safetensors: unexpected or missing {sorted(set(tensors) ^ wanted)[:3]}")
+    """Put back what `optimizer_tensors` gave. Raises: CheckpointError by name if one is missing or misshapen."""
+    (group,) = optimizer.param_groups
+    rate, group["lr"] = group["lr"], 0.0
+    for parameter in parameters.values():  # an update by nothing: the optimizer makes its state as it wants it
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    group["lr"] = rate
+    made = {name: (tensor.shape, tensor.dtype) for name, tensor in optimizer_tensors(optimizer, parameters).items()}
+    found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    odd = sorted(name for name in {*made, *found} if made.get(name) != found.get(name))
+    if odd:
+        raise CheckpointError(f"optimizer.safetensors: missing, unexpected or of another shape: {odd[:3]}")
     for name, parameter in parameters.items():
-        state = {moment: tensors[f"{name}.{moment}"] for moment in _MOMENTS}
-        if any(state[moment].shape != parameter.shape for moment in _MOMENTS[:2]):
-            raise CheckpointError(f"optimizer.safetensors: {name} has another shape than the adapter's")
-        # torch keeps AdamW's step counter on the CPU unless it is fused or captured.
-        optimizer.state[parameter] = {
-            moment: value.clone() if moment == "step" else value.to(parameter.device) for moment, value in state.items()
-        }
+        state = optimizer.state[parameter]
+        for key in [key for key in state if f"{name}.{key}" in tensors]:
+            saved = tensors[f"{name}.{key}"]
+            state[key] = state[key].copy_(saved) if isinstance(state[key], Tensor) else saved.item()

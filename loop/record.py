@@ -5,7 +5,6 @@ import io
 import json
 import math
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -20,9 +19,12 @@ from tqdm import tqdm
 from loop.errors import CheckpointError
 from loop.files import replace_file
 from loop.ledger import Ledger, LedgerPosition
+from loop.memory import peak_memory
 from loop.steps import Step
 
-PACKAGES = ("torch", "accelerate", "transformers", "peft", "datasets", "tokenizers", "safetensors", "numpy")
+PACKAGES = (
+    "torch", "accelerate", "transformers", "peft", "datasets", "tokenizers", "safetensors", "numpy", "bitsandbytes"
+)  # fmt: skip
 
 
 class Record:
@@ -63,7 +65,11 @@ class Record:
         """The held-out loss after `updates` updates; 0 is the untouched base."""
         self.ledger.append({"step": updates, "eval_loss": eval_loss, "eval_target_tokens": target_tokens})
         found = f"loss {eval_loss:.4f} nats a target token, perplexity {perplexity(eval_loss):,.1f}"
-        tqdm.write(f"held out after {updates} steps: {found} ({target_tokens:,} targets)")
+        self.say(f"held out after {updates} steps: {found} ({target_tokens:,} targets)")
+
+    def say(self, line: str) -> None:
+        """A line for a person, above the bar."""
+        tqdm.write(line)
 
     def pause(self) -> None:
         """Leave what was done since the last step (an evaluation, a checkpoint) out of the next step's seconds."""
@@ -78,14 +84,6 @@ class Record:
 def perplexity(nats_per_token: float) -> float:
     """exp of the loss; infinite where that overflows."""
     return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's allocator, else of this whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, but bytes on macOS
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """How a run ends: the base proven untouched, the finished adapter put in place, and what came out of it."""
 
+import signal
 from dataclasses import asdict, dataclass
 
 from loop.checkpoint import Checkpoint, read_checkpoint
-from loop.errors import LoopError
+from loop.errors import LoopError, Stopped
 from loop.files import commit_folder, sha256
 from loop.ledger import read_ledger
 from loop.model import base_checksum
@@ -47,11 +48,16 @@ def finish(run: Run) -> Result:
     return result
 
 
-def stop(run: Run, step: int) -> Result:
-    """End a session early, at a checkpoint."""
+def stop(run: Run, step: int, number: int) -> Result:
+    """End a session early, at a checkpoint. Raises: Stopped if the signal `number` asked for it."""
     _, result = _read_result(run, step)
-    run.accelerator.print(f"Stopped after step {step} of {run.num_steps}: without stop_after_steps the run goes on.")
     run.accelerator.end_training()
+    if number:
+        name = signal.Signals(number).name
+        raise Stopped(
+            number, f"{name}: saved after step {step} of {run.num_steps}; the same command goes on from there"
+        )
+    run.accelerator.print(f"Stopped after step {step} of {run.num_steps}: without stop_after_steps the run goes on.")
     return result
 
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
@@ -13,19 +12,19 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from loop.batch import Batch
 from loop.checkpoint import serialise
-from loop.collate import collate
 from loop.config import Config
-from loop.data import Data, Examples, load_data
+from loop.data import Data, load_data
 from loop.errors import ConfigError, DataError, LoopError
 from loop.files import canonical_json, prepare_folder, sha256
-from loop.loss import SummedLoss, check_head
+from loop.loss import SummedLoss
+from loop.loss_scale import START, LossScale
 from loop.model import (
     adapter_parameters,
     add_adapter,
     base_checksum,
     base_config,
+    base_dtype,
     causal_lm_of,
     census,
     load_base,
@@ -47,6 +46,7 @@ class Run:
     data: Data
     model: PeftModel
     loss: SummedLoss
+    loss_scale: LossScale
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     steps: Steps
@@ -75,21 +75,18 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
         prepare_folder(Path(config.output_dir) / "checkpoints")
     if not sys.stderr.isatty() or not accelerator.is_main_process:
         disable_progress_bar()
+    precision = accelerator.mixed_precision
+    if base_dtype(config, accelerator.device) == torch.float16 and precision != "fp16":
+        raise ConfigError("dtype: float16 needs mixed_precision: fp16, as in launch_configs/one_gpu_fp16.yaml")
     tokenizer = load_tokenizer(config)
     with accelerator.main_process_first():  # one process tokenises, the others read its cache
         data = load_data(config, tokenizer)
     model = add_adapter(load_base(config, accelerator.device), config)
-    embeddings = model.get_input_embeddings().num_embeddings
-    if data.largest_token_id >= embeddings:
-        raise DataError(f"token id {data.largest_token_id}: the model has {embeddings} embeddings; another tokenizer?")
-    context = getattr(causal_lm_of(model).config, "max_position_embeddings", None)
-    longest = max(int(part.lengths.max(initial=0)) for part in (data.train, data.heldout))
-    if context is not None and longest > context:
-        raise ConfigError(f"max_length: a row has {longest} tokens, the model takes {context}; lower max_length")
+    _check_rows_fit(data, model)
     # evaluation_mode: device and autocast, no DDP, whose buckets would make a resume on 3 processes inexact.
     loss = accelerator.prepare_model(SummedLoss(model, causal_lm_of(model)), evaluation_mode=True).train()
     parameters = adapter_parameters(model)
-    optimizer = accelerator.prepare_optimizer(adamw(parameters.values(), config))
+    optimizer = adamw(parameters.values(), config)
     trained = census(model)
     identity = _identity(config, accelerator, data, model, trained)
     here = {**environment(accelerator), **config.with_resume("announced")}
@@ -102,7 +99,7 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
         examples=data.train,
         positions=positions,
         global_batch_size=config.global_batch_size,
-        micro_batch_tokens=config.micro_batch_tokens,
+        micro_batch_tokens=0 if config.micro_batch_tokens == "auto" else config.micro_batch_tokens,
         seed=config.seed,
         pad_token_id=next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0),
         process_index=accelerator.process_index,
@@ -112,38 +109,32 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
     if warmup(config, total) > total:
         raise ConfigError(f"warmup_steps: {config.warmup_steps:g} is longer than the run of {total} steps")
     return Run(
-        config, accelerator, tokenizer, data, model, loss, parameters, optimizer, steps, total, trained, identity, here
+        config=config,
+        accelerator=accelerator,
+        tokenizer=tokenizer,
+        data=data,
+        model=model,
+        loss=loss,
+        loss_scale=LossScale(True, START) if precision == "fp16" else LossScale(False),
+        parameters=parameters,
+        optimizer=optimizer,
+        steps=steps,
+        num_steps=total,
+        census=trained,
+        identity=identity,
+        environment=here,
     )
 
 
-def rehearse(run: Run) -> list[str]:
-    """Before step 0: is head(hidden) this model's logits, does the largest micro-batch fit, does every tensor learn?
-
-    Leaves no trace: gradients are dropped, and dropout is seeded anew for each micro-batch of a step.
-    Returns a notice where the model's own logits must be used, else none. Raises: LoopError by the tensor's name."""
-    device, pad = run.accelerator.device, run.steps.pad_token_id
-    exact = run.accelerator.mixed_precision == "no" and next(run.loss.parameters()).dtype.itemsize >= 4
-    first = collate(run.data.train.read(np.array([0])), pad).to(device)
-    difference = check_head(run.loss.eval(), first, tolerance=1e-4 if exact else 1e-2)
-    run.loss.train()
-    config = run.config
-    largest = largest_batch(run.data.train, config.micro_batch_tokens, config.global_batch_size, pad)
-    run.accelerator.backward(run.loss(largest.to(device)))
-    for name, parameter in run.parameters.items():
-        if parameter.grad is None:
-            raise LoopError(f"{name}: is trained but gets no gradient; the run was not started")
-    run.optimizer.zero_grad(set_to_none=True)
-    words = f"head(hidden) is {difference:.1%} off this model's own loss: its own logits are used, at their memory"
-    return [words] if run.loss.whole_model else []
-
-
-def largest_batch(examples: Examples, micro_batch_tokens: int, global_batch_size: int, pad_token_id: int) -> Batch:
-    """Rows of neighbouring lengths that fill one forward most: no micro-batch of training has more padded tokens."""
-    longest_first = np.argsort(-examples.lengths, kind="stable")
-    widths = examples.lengths[longest_first]
-    rows = np.minimum(np.minimum(micro_batch_tokens // widths, global_batch_size), np.arange(len(widths), 0, -1))
-    start = int(np.argmax(rows * widths))
-    return collate(examples.read(longest_first[start : start + rows[start]]), pad_token_id)
+def _check_rows_fit(data: Data, model: PeftModel) -> None:
+    """Raises: DataError for a token that the model has no embedding for, ConfigError for a row that is too long."""
+    embeddings = model.get_input_embeddings().num_embeddings
+    if data.largest_token_id >= embeddings:
+        raise DataError(f"token id {data.largest_token_id}: the model has {embeddings} embeddings; another tokenizer?")
+    context = getattr(causal_lm_of(model).config, "max_position_embeddings", None)
+    longest = max(int(part.lengths.max(initial=0)) for part in (data.train, data.heldout))
+    if context is not None and longest > context:
+        raise ConfigError(f"max_length: a row has {longest} tokens, the model takes {context}; lower max_length")
 
 
 def run_manifest(run: Run) -> dict[str, Any]:

@@ -2,14 +2,11 @@
 
 import math
 import sys
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from loop.checkpoint import Checkpoint, prune_checkpoints, write_checkpoint
@@ -19,66 +16,59 @@ from loop.files import differences, lock_folder, replace_file
 from loop.heldout import heldout_loss
 from loop.launch import launched_processes, make_accelerator, run_command
 from loop.ledger import LedgerPosition
-from loop.loss import SummedLoss
-from loop.model import adapter_config_json, restore_adapter
+from loop.model import adapter_config_json, gradients, restore_adapter
 from loop.optim import learning_rate, optimizer_tensors, restore_optimizer
 from loop.record import Record, open_session
+from loop.rehearsal import rehearse
 from loop.result import Result, finish, keep_sample, stop
 from loop.resume import find_checkpoint
-from loop.run import Run, compare_processes, describe, prepare_run, rehearse, run_manifest
+from loop.run import Run, compare_processes, describe, prepare_run, run_manifest
+from loop.signals import Signals
 from loop.steps import Step
 
 
-def optimizer_step(
-    accelerator: Accelerator,
-    loss: SummedLoss,
-    optimizer: torch.optim.Optimizer,
-    parameters: Sequence[nn.Parameter],
-    step: Step,
-    rate: float,
-    config: Config,
-) -> tuple[float, float]:
-    """One update of the adapter; returns the loss in nats per target token and the gradient's norm before clipping.
+def optimizer_step(run: Run, step: Step, rate: float, signals: Signals) -> tuple[float, float, list[float]]:
+    """One update of the adapter.
 
+    Returns the loss in nats per target token, the gradient's norm before clipping, and the signals heard anywhere.
     Raises: NonFiniteError on every process alike, before the adapter or the moments have moved."""
     # 1. The divisor first: the targets of the whole step, counted before any forward, equal on every process.
     scale = 1.0 / step.target_tokens
 
-    # 2. Accumulate the gradient of the mean over the step, then sum it over processes, the loss at its end.
-    losses = []
-    for k, batch in step.micro_batches:
-        seed_dropout(config.seed, step.step, k)
-        loss_sum = loss(batch.to(accelerator.device))
-        accelerator.backward(loss_sum * scale)
-        losses.append(loss_sum.detach() * scale)
-    flat = torch.cat([*(gradient(parameter).flatten() for parameter in parameters), torch.stack(losses).sum().view(1)])
-    flat = accelerator.reduce(flat, "sum")
-    for parameter, summed in zip(parameters, flat[:-1].split([parameter.numel() for parameter in parameters])):
-        parameter.grad = summed.view_as(parameter)
+    # 2. Accumulate the gradient of the mean over the step, then sum it over processes, the loss and signals behind it.
+    #    fp16: where it overflows, again with half the loss scale: same rows, same dropout. Nothing is ever skipped.
+    parameters, accepted = list(run.parameters.values()), False
+    while not accepted:
+        run.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for k, batch in step.micro_batches:
+            seed_dropout(run.config.seed, step.step, k)
+            loss_sum = run.loss(batch.to(run.accelerator.device))
+            run.accelerator.backward(loss_sum * (scale * run.loss_scale.value))
+            losses.append(loss_sum.detach() * scale)
+        behind = torch.cat([torch.stack(losses).sum().view(1), signals.flags(run.accelerator.device)])
+        flat = run.accelerator.reduce(torch.cat([*gradients(run.parameters), behind]), "sum")
+        gradient = flat[: -len(behind)] / run.loss_scale.value
+        grad_norm = torch.linalg.vector_norm(gradient)
+        norm, mean_loss, *heard = torch.cat([grad_norm.view(1), flat[-len(behind) :]]).tolist()  # the one sync
+        accepted = run.loss_scale.accepts(norm)
 
-    # 3. Update: refuse what is not finite before anything moves; clip; step; zero.
-    grad_norm = torch.linalg.vector_norm(flat[:-1])
-    mean_loss, norm = torch.stack([flat[-1], grad_norm]).tolist()  # the one sync of this function
+    # 3. Update: refuse what is not finite before anything moves; clip; step.
     if not (math.isfinite(mean_loss) and math.isfinite(norm)):
         raise NonFiniteError(
             f"step {step.step}: loss {mean_loss}, gradient norm {norm}, rows {step.rows}: the adapter was not touched "
             "and the last checkpoint is intact; look at these rows, or lower learning_rate in another output_dir"
         )
-    if config.max_grad_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, grad_norm)
-    for group in optimizer.param_groups:
+    for parameter, summed in zip(parameters, gradient.split([parameter.numel() for parameter in parameters])):
+        parameter.grad = summed.view_as(parameter)
+    if run.config.max_grad_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, run.config.max_grad_norm, grad_norm)
+    for group in run.optimizer.param_groups:
         group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    run.optimizer.step()
 
     # 4. Report what was optimised: the loss over all processes' targets, not one process's sample of it.
-    return mean_loss, norm
-
-
-def gradient(parameter: nn.Parameter) -> Tensor:
-    """The gradient that backward left. Raises: AssertionError if it left none, which would be silent otherwise."""
-    assert parameter.grad is not None, "a trained tensor got no gradient"
-    return parameter.grad
+    return mean_loss, norm, heard
 
 
 def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
@@ -89,45 +79,58 @@ def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
 def train(config: Config, sources: dict[str, str] | None = None) -> Result:
     """Train to the end (or `stop_after_steps`), from the newest checkpoint if there is one.
 
-    Raises: any LoopError; whatever was saved before stays valid."""
+    Raises: any LoopError; whatever was saved before stays valid. Stopped, after saving, where a signal ended it."""
     accelerator = make_accelerator(config)
-    with lock_folder(Path(config.output_dir)) if accelerator.is_main_process else nullcontext():
-        return train_run(prepare_run(config, accelerator), sources or {})
+    lock = lock_folder(Path(config.output_dir)) if accelerator.is_main_process else nullcontext()
+    with Signals() as signals, lock as notice:
+        return train_run(prepare_run(config, accelerator), signals, sources or {}, [notice] if notice else [])
 
 
-def train_run(run: Run, sources: dict[str, str]) -> Result:
+def train_run(run: Run, signals: Signals, sources: dict[str, str], notices: list[str]) -> Result:
     """The loop over steps. What is not guarded by `record` is done by all processes, collectives included."""
-    config, accelerator, parameters = run.config, run.accelerator, list(run.parameters.values())
-    checkpoint, notices = find_checkpoint(run.folder, config.resume_from_checkpoint, run.identity)
+    config, accelerator = run.config, run.accelerator
+    checkpoint, passed_over = find_checkpoint(run.folder, config.resume_from_checkpoint, run.identity)
     compare_processes(accelerator, {"checkpoint to go on from": b"%d" % (checkpoint.step if checkpoint else -1)})
     if checkpoint is not None:
-        restore_adapter(run.parameters, checkpoint.adapter)
-        restore_optimizer(run.optimizer, run.parameters, checkpoint.optimizer)
+        restore(run, checkpoint)
         if checkpoint.step == run.num_steps:
             return finish(run)
-    notices += rehearse(run)
+    run, heads = rehearse(run, checkpoint)
+    if run.config != config:
+        sources = {**sources, "micro_batch_tokens": "auto"}
     first = checkpoint.step if checkpoint else 0
     last = min(run.num_steps, first + (config.stop_after_steps or run.num_steps))
-    record = open_record(run, checkpoint, sources) if accelerator.is_main_process else None
-    for notice in notices:
+    for notice in [*notices, *passed_over, *heads]:
         accelerator.print(notice)
+    record = open_record(run, checkpoint, sources) if accelerator.is_main_process else None
     if checkpoint is None:
         keep_sample(run, "base")
         evaluate(run, record, 0)
+    signals.defer()
     to_gpu = accelerator.device.type == "cuda"
     for step in DataLoader(run.steps, sampler=range(first, last), batch_size=None, pin_memory=to_gpu):
         rate = learning_rate(step.step, config, run.num_steps)
-        loss, grad_norm = optimizer_step(accelerator, run.loss, run.optimizer, parameters, step, rate, config)
-        done = step.step + 1
+        loss, grad_norm, heard = optimizer_step(run, step, rate, signals)
+        done, stop_signal, save_now = step.step + 1, *signals.asked(heard)
         if record is not None:
             record.step(step, loss, grad_norm, rate, accelerator.device)
         if done == run.num_steps or (config.eval_steps and done % config.eval_steps == 0):
             evaluate(run, record, done)
-        if record is not None and (done == last or done % config.save_steps == 0):
+        if record is not None and (done == last or done % config.save_steps == 0 or stop_signal or save_now):
             save(run, record, done)
+        if stop_signal:
+            break
     if record is not None:
         record.close()
-    return finish(run) if last == run.num_steps else stop(run, last)
+    return finish(run) if done == run.num_steps else stop(run, done, stop_signal)
+
+
+def restore(run: Run, checkpoint: Checkpoint) -> None:
+    """Put a verified checkpoint's state into the run. Raises: CheckpointError."""
+    tensors = dict(checkpoint.optimizer)
+    run.loss_scale.restore(tensors)
+    restore_optimizer(run.optimizer, run.parameters, tensors)
+    restore_adapter(run.parameters, checkpoint.adapter)
 
 
 def open_record(run: Run, checkpoint: Checkpoint | None, sources: dict[str, str]) -> Record:
@@ -161,7 +164,7 @@ def save(run: Run, record: Record, step: int) -> None:
         ledger=record.ledger.sync(),
         adapter_config=adapter_config_json(run.model, run.config),
         adapter=dict(run.parameters),
-        optimizer=optimizer_tensors(run.optimizer, run.parameters),
+        optimizer={**optimizer_tensors(run.optimizer, run.parameters), **run.loss_scale.tensors()},
         environment=run.environment,
     )
     folder = run.folder / "checkpoints"

@@ -132,7 +132,7 @@ def test_none_as_a_flag_takes_back_what_the_file_gives(recipe: Recipe) -> None:
         ("adam_epsilon: 0", "adam_epsilon: found 0"),
         ("max_length: 1", "max_length: found 1"),
         ("save_total_limit: 1", "save_total_limit: found 1, should be greater than or equal to 2"),
-        ("dtype: float16", "dtype: found 'float16', should be 'float32', 'bfloat16' or 'float64'"),
+        ("dtype: fp16", "dtype: found 'fp16', should be 'float32', 'bfloat16', 'float16' or 'float64'"),
         ("truncation: cut", "truncation: found 'cut', should be 'truncate', 'drop' or 'error'"),
         ("lr_scheduler_type: polynomial", "lr_scheduler_type: found 'polynomial'"),
         ("use_dora: maybe", "use_dora: found 'maybe', should be a valid boolean"),

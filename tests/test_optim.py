@@ -123,8 +123,14 @@ def _without(name: str) -> Callable[[dict[str, Tensor]], Any]:
         (_without("a.weight.step"), "a.weight.step"),
         (lambda tensors: tensors.clear(), "a.weight.exp_avg"),
         (lambda tensors: tensors.update({"c.weight.exp_avg": torch.zeros(3, 4)}), "c.weight.exp_avg"),
-        (lambda tensors: tensors.update({"a.weight.exp_avg": torch.zeros(4, 3)}), "a.weight has another shape"),
-        (lambda tensors: tensors.update({"b.weight.exp_avg_sq": torch.zeros(3)}), "b.weight has another shape"),
+        (
+            lambda tensors: tensors.update({"a.weight.exp_avg": torch.zeros(4, 3)}),
+            "of another shape: .*a.weight.exp_avg",
+        ),
+        (
+            lambda tensors: tensors.update({"b.weight.exp_avg_sq": torch.zeros(3)}),
+            "of another shape: .*b.weight.exp_avg_sq",
+        ),
     ],
 )
 def test_a_missing_strange_or_misshapen_moment_is_refused_by_name(

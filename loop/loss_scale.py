@@ -1,0 +1,47 @@
+"""The loss scale of fp16: gradients are computed that many times larger, so that the small ones do not round to 0."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loop.errors import CheckpointError
+
+START, GROW_AFTER = 2.0**16, 2000
+"""Source: torch 2.13, amp/grad_scaler.py, defaults of GradScaler, which skips the step where this one repeats it."""
+MAX_HALVINGS = 20
+
+
+@dataclass
+class LossScale:
+    """A power of two, which rounds nothing by itself. Equal on every process: it follows the summed gradient."""
+
+    dynamic: bool  # fp16; else the value stays
+    value: float = 1.0
+    finite_steps: int = 0  # since it last changed
+    halvings: int = 0  # of the step that is being repeated
+
+    def accepts(self, norm: float) -> bool:
+        """Is a gradient of this norm to be used? If not, the scale was halved and the step is to be repeated.
+
+        After MAX_HALVINGS the answer is yes whatever the norm: the step refuses what is not finite."""
+        if self.dynamic and not math.isfinite(norm) and self.halvings < MAX_HALVINGS:
+            self.value, self.finite_steps, self.halvings = self.value / 2, 0, self.halvings + 1
+            return False
+        self.finite_steps, self.halvings = self.finite_steps + 1, 0
+        if self.dynamic and self.finite_steps == GROW_AFTER:
+            self.value, self.finite_steps = self.value * 2, 0
+        return True
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of it, beside the optimizer's moments: nothing unless it is dynamic."""
+        state = torch.tensor([self.value, self.finite_steps], dtype=torch.float64)
+        return {"loss_scale": state} if self.dynamic else {}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take `loss_scale` out of a checkpoint's tensors. Raises: CheckpointError where it is missing."""
+        if self.dynamic:
+            if "loss_scale" not in tensors:
+                raise CheckpointError("optimizer.safetensors: loss_scale is missing")
+            self.value, self.finite_steps = tensors.pop("loss_scale").tolist()

@@ -1,0 +1,63 @@
+"""Signals: noted when they come, acted on between two steps, so that a stop is a checkpoint, never half a step."""
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loop.errors import Stopped
+
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""All but the last end the run; SIGUSR1 saves a checkpoint and goes on. A launcher that is gone counts as SIGHUP."""
+
+
+class Signals:
+    """Within `with Signals() as signals:` the four are caught; before `defer` they end the run at once."""
+
+    def __init__(self) -> None:
+        self._noted: set[int] = set()
+        self._deferred = False
+        self._previous: dict[int, Any] = {}
+        launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # accelerate launch sets it, whatever the precision
+        self._launcher = os.getppid() if launched else None
+
+    def __enter__(self) -> "Signals":
+        for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                self._previous[number] = signal.signal(number, self._catch)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def defer(self) -> None:
+        """From now on a signal waits for the end of the step. A second SIGINT does not."""
+        self._deferred = True
+
+    def flags(self, device: torch.device) -> Tensor:
+        """1 for each of SIGNALS that came, to be summed over processes: not all hear of one in the same step."""
+        if self._launcher not in (None, os.getppid()):
+            self._noted.add(signal.SIGHUP)
+        return torch.tensor([float(number in self._noted) for number in SIGNALS], device=device)
+
+    def asked(self, heard: list[float]) -> tuple[int, bool]:
+        """Of the summed flags: the signal that ends the run, or 0, and whether to save a checkpoint now."""
+        stops = [number for number, count in zip(SIGNALS[:-1], heard) if count > 0]
+        self._noted.discard(signal.SIGUSR1)
+        return max(stops, default=0), heard[-1] > 0
+
+    def _catch(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and number in self._noted:
+            os.write(2, b"error: interrupted twice, left at once; the last checkpoint is intact\n")
+            os._exit(128 + number)
+        self._noted.add(number)
+        if number != signal.SIGUSR1 and not self._deferred:
+            raise Stopped(number, f"{signal.Signals(number).name} before the first step; nothing was trained or saved")
+        if os.environ.get("RANK", "0") == "0":
+            what = "saving" if number == signal.SIGUSR1 else "stopping"
+            os.write(2, f"\n{signal.Signals(number).name}: {what} after this step\n".encode())
