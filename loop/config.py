@@ -187,7 +187,7 @@ def config_yaml(config: Config, sources: dict[str, str]) -> str:
     for name, value in _values(config).items():
         plain = str(value).isprintable()  # else escaped: YAML folds some line ends that are text here
         text = yaml.safe_dump([value], allow_unicode=plain, width=10**6, default_flow_style=True).strip()[1:-1]
-        lines.append(f"{name + ': ' + text:<60}  # {sources.get(name, 'default')}\n")
+        lines.append(f"{name + ': ' + text:<60}  # {sources.get(name, 'python')}\n")
     return "".join(lines)
 
 

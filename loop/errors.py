@@ -31,8 +31,8 @@ class NonFiniteError(LoopError):
     exit_code = 7  # a loss, gradient or weight is NaN, infinite or missing: this step did not touch the adapter
 
 
-class Stopped(LoopError):
-    """A signal ended the run early, as asked: what it had trained is in its last checkpoint."""
+class Stopped(KeyboardInterrupt):
+    """A signal ended the run early, as asked. Like an interruption, no `except Exception` of a library swallows it."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)

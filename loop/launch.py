@@ -1,6 +1,7 @@
 """How a command starts and ends: the accelerator it was launched with, and its exit code and last words."""
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from accelerate.utils import DistributedType, DynamoBackend, parse_flag_from_env
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from loop.config import Config
-from loop.errors import ConfigError, LoopError
+from loop.errors import ConfigError, LoopError, Stopped
 from loop.memory import is_out_of_memory, peak_memory
 
 _PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=2))
@@ -66,6 +67,8 @@ def make_accelerator(config: Config) -> Accelerator:
 
 def run_command(command: Callable[[], None], debug: bool = False) -> int:
     """Run a command to its exit code. The last line on stderr is one sentence; a bug also shows its traceback."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # since `loop/__init__.py`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         command()
         return 0
@@ -73,18 +76,18 @@ def run_command(command: Callable[[], None], debug: bool = False) -> int:
         message, code = _last_words(error)
         if debug or (code == 1 and message != _PEER_ENDED):
             traceback.print_exception(error)
-        elif isinstance(error, LoopError):
+        elif isinstance(error, (LoopError, Stopped)):
             error.__traceback__ = error.__cause__ = None  # expected: the launcher shall quote the sentence only
         if launched_processes() > 1:
             get_error_handler().record_exception(error)  # the launcher has the last word, and quotes this
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, LoopError):
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, (LoopError, Stopped)):
             print(f"error: {message}", file=sys.stderr, flush=True)
         return code
 
 
 def _last_words(error: BaseException) -> tuple[str, int]:
     """One sentence and the exit code."""
-    if isinstance(error, LoopError):
+    if isinstance(error, (LoopError, Stopped)):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the same command goes on from the last checkpoint, if there is one", 130

@@ -151,6 +151,20 @@ def run_manifest(run: Run) -> dict[str, Any]:
     }
 
 
+def unpinned(run: Run) -> list[str]:
+    """A notice for a base or dataset of the Hub that was asked for by a name which may mean another commit tomorrow."""
+    base, data = run_manifest(run)["base"]["commit"], run.data.commit
+    asked = {
+        "model_revision": (run.config.model_revision, base),
+        "dataset_revision": (run.config.dataset_revision, data),
+    }
+    return [
+        f"not pinned: {knob} {name or 'main'} is commit {commit} today; write {knob}: {commit} to repeat this run"
+        for knob, (name, commit) in asked.items()
+        if commit is not None and name != commit
+    ]
+
+
 def describe(run: Run) -> list[str]:
     """The run in four lines, for a person."""
     config, counts, trained, accelerator = run.config, run.data.counts, run.census, run.accelerator
@@ -160,6 +174,8 @@ def describe(run: Run) -> list[str]:
     epochs = run.steps.positions / len(run.data.train)
     fate = f"{dropped:,} dropped, {counts['truncated']:,} truncated, {counts['duplicate_train_rows']:,} duplicates"
     rows = f"{len(run.data.train):,} rows with {counts['train_target_tokens']:,} target tokens to train on"
+    if counts["heldout_rows_also_in_train"]:
+        fate += f", {counts['heldout_rows_also_in_train']:,} held-out rows also in train"
     return [
         f"data   {_public_name(config.dataset_name)} as {' -> '.join(run.data.templates)!r}: {rows}, "
         f"{len(run.data.heldout):,} held out, {fate}",

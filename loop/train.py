@@ -22,7 +22,7 @@ from loop.record import Record, open_session
 from loop.rehearsal import rehearse
 from loop.result import Result, finish, keep_sample, stop
 from loop.resume import find_checkpoint
-from loop.run import Run, compare_processes, describe, prepare_run, run_manifest
+from loop.run import Run, compare_processes, describe, prepare_run, run_manifest, unpinned
 from loop.signals import Signals
 from loop.steps import Step
 
@@ -100,7 +100,7 @@ def train_run(run: Run, signals: Signals, sources: dict[str, str], notices: list
         sources = {**sources, "micro_batch_tokens": "auto"}
     first = checkpoint.step if checkpoint else 0
     last = min(run.num_steps, first + (config.stop_after_steps or run.num_steps))
-    for notice in [*notices, *passed_over, *heads]:
+    for notice in [*notices, *passed_over, *heads, *unpinned(run)]:
         accelerator.print(notice)
     record = open_record(run, checkpoint, sources) if accelerator.is_main_process else None
     if checkpoint is None:
