@@ -52,9 +52,7 @@ class Config:
     lora_r: int = knob(16, "identity", "rank of the update of each target module", ge=1)
     lora_alpha: int = knob(32, "identity", "the update is scaled by lora_alpha / lora_r", ge=1)
     lora_dropout: float = knob(0.0, "identity", "share of a LoRA input zeroed in training", ge=0, lt=1)
-    lora_target_modules: tuple[str, ...] | None = knob(
-        None, "identity", "module names, comma-separated, or all-linear; default PEFT's for the architecture"
-    )
+    lora_target_modules: tuple[str, ...] | None = knob(None, "identity", "names, or all-linear; default PEFT's own")
     use_rslora: bool = knob(False, "identity", "scale by lora_alpha / sqrt(lora_r) instead")
     use_dora: bool = knob(False, "identity", "train the magnitude of each weight column apart (DoRA)")
     gradient_checkpointing: bool = knob(False, "announced", "recompute activations in backward: memory for time")

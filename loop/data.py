@@ -89,11 +89,8 @@ def resolve_templates(config: Config, columns: list[str]) -> list[str]:
     """[text], or [prompt, completion] where they are given or the columns have those names."""
     if config.prompt_template is not None and config.completion_template is not None:
         return [config.prompt_template, config.completion_template]
-    if (
-        config.text_template is None
-        and config.dataset_text_field not in columns
-        and {"prompt", "completion"} <= {*columns}
-    ):
+    has_text = config.text_template is not None or config.dataset_text_field in columns
+    if not has_text and {"prompt", "completion"} <= {*columns}:
         return ["{prompt}", "{completion}"]
     return [config.text_template or "{" + config.dataset_text_field + "}"]
 

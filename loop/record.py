@@ -65,11 +65,8 @@ class Record:
         """The held-out loss after `updates` updates; 0 is the untouched base."""
         self.ledger.append({"step": updates, "eval_loss": eval_loss, "eval_target_tokens": target_tokens})
         found = f"loss {eval_loss:.4f} nats a target token, perplexity {perplexity(eval_loss):,.1f}"
-        self.say(f"held out after {updates} steps: {found} ({target_tokens:,} targets)")
-
-    def say(self, line: str) -> None:
-        """A line for a person, above the bar."""
-        tqdm.write(line)
+        tqdm.write(f"held out after {updates} steps: {found} ({target_tokens:,} targets)")
+        self.pause()
 
     def pause(self) -> None:
         """Leave what was done since the last step (an evaluation, a checkpoint) out of the next step's seconds."""

@@ -87,12 +87,10 @@ def _summary(run: Run, result: Result) -> list[str]:
     samples = read_run(run.folder / "run.json").get("samples", {})
     texts = {of: " ".join(samples[of].split()) for of in ("base", "adapter") if of in samples}
     lines += [f"{of:8} sample, an impression and no measure: {text}" for of, text in texts.items()]
-    adapter = run.folder / "adapter"
-    base = f"AutoModelForCausalLM.from_pretrained('{run.config.model_name_or_path}')"
     return [
         *lines,
         f"base     checksum {run.identity['base_checksum'][:12]} before and after: not one byte has changed",
         f"ledger   {run.folder / 'ledger.jsonl'}, head {result.ledger_head}",
-        f"adapter  {adapter / 'adapter_model.safetensors'}, sha256 {result.adapter_sha256}",
-        f"next     in Python: PeftModel.from_pretrained({base}, '{adapter}')",
+        f"adapter  {run.folder / 'adapter' / 'adapter_model.safetensors'}, sha256 {result.adapter_sha256}",
+        f'next     python -m loop.generate {run.folder} --prompt "..."',
     ]

@@ -43,7 +43,7 @@ class Signals:
         """1 for each of SIGNALS that came, to be summed over processes: not all hear of one in the same step."""
         if self._launcher not in (None, os.getppid()):
             self._noted.add(signal.SIGHUP)
-        return torch.tensor([float(number in self._noted) for number in SIGNALS], device=device)
+        return torch.tensor([float(number in self._noted) for number in SIGNALS]).to(device, non_blocking=True)
 
     def asked(self, heard: list[float]) -> tuple[int, bool]:
         """Of the summed flags: the signal that ends the run, or 0, and whether to save a checkpoint now."""

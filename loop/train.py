@@ -153,7 +153,6 @@ def evaluate(run: Run, record: Record | None, updates: int) -> None:
         loss = heldout_loss(run.accelerator, run.loss, run.data.heldout, run.steps)
         if record is not None:
             record.evaluation(updates, loss, run.data.counts["heldout_target_tokens"])
-            record.pause()
 
 
 def save(run: Run, record: Record, step: int) -> None:

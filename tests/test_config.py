@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-import loop.train
 from loop.config import FIELDS, Config, config_yaml, find_recipe, parse_command_line
 from loop.errors import ConfigError
 from loop.launch import run_command
+from loop.train import main
 from tests.conftest import flags
 
 REPOSITORY = Path(__file__).parent.parent
@@ -216,7 +216,7 @@ def test_everything_that_is_wrong_is_said_at_once(recipe: Recipe) -> None:
         "lerning_rate: unknown; did you mean learning_rate?",
         "lora_r: found '0', should be greater than or equal to 1 (flag)",
         "max_seq_length: write max_length",
-        "packing: rows are never packed into one sequence: sorted by length they hardly pad; set micro_batch_tokens",
+        "packing: rows are never packed into one sequence: sorted by length they pad little (see padded_tokens); set micro_batch_tokens",
         "seed: found -1, should be greater than or equal to 0 (file)",
     ]
 
@@ -256,7 +256,7 @@ def test_a_warm_up_longer_than_the_epochs_is_refused_before_any_step(
 ) -> None:
     # 40 rows in steps of 8, once: a run of 5 steps, which is known only after the data.
     argv = flags(settings(max_steps="none", num_train_epochs=1, warmup_steps=6))
-    assert run_command(lambda: loop.train.main(argv)) == 2
+    assert run_command(lambda: main(argv)) == 2
     assert "warmup_steps: 6 is longer than the run" in capsys.readouterr().err
     assert not (tmp_path / "run" / "ledger.jsonl").exists()
 
@@ -269,7 +269,7 @@ def test_a_config_error_ends_with_code_2_and_no_traceback(
     words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_command(lambda: loop.train.main([*REQUIRED_FLAGS, words])) == 2
+    assert run_command(lambda: main([*REQUIRED_FLAGS, words])) == 2
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.startswith("error: ")
@@ -305,7 +305,7 @@ def test_print_config_prints_what_reads_back_and_starts_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     argv = ["--config", "demo", "--learning-rate=3e-3"]
-    assert run_command(lambda: loop.train.main([*argv, "--print_config"])) == 0
+    assert run_command(lambda: main([*argv, "--print_config"])) == 0
     printed = capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "again.yaml").write_text(printed, encoding="utf-8")
@@ -418,7 +418,7 @@ def test_what_may_change_in_a_resume_is_this_and_no_more() -> None:
 # Recipes.
 
 
-@pytest.mark.parametrize("name", ["demo", "bloom-7b1-quotes"])
+@pytest.mark.parametrize("name", ["demo", "bloom-7b1-quotes", "bloom-7b1-quotes-4bit", "bloom-7b1-quotes-t4"])
 def test_a_recipe_is_found_by_name_from_any_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_recipe(name) == REPOSITORY / "loop" / "recipes" / f"{name}.yaml"
@@ -433,7 +433,7 @@ def test_a_file_is_preferred_to_a_recipe_of_that_name(tmp_path: Path, monkeypatc
 def test_an_unknown_recipe_is_answered_with_those_there_are() -> None:
     (answer,) = refusal(["--config=dmeo"])
     assert "'dmeo'" in answer
-    assert answer.endswith("the recipes are bloom-7b1-quotes, demo")
+    assert answer.endswith("the recipes are bloom-7b1-quotes, bloom-7b1-quotes-4bit, bloom-7b1-quotes-t4, demo")
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "loop" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

@@ -16,11 +16,11 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-import loop.train
 from loop.config import Config
 from loop.data import Data, Examples, load_data, render
 from loop.errors import DataError, HubError
 from loop.launch import run_command
+from loop.train import main
 from tests.conftest import flags
 from tests.processes import run
 
@@ -582,7 +582,7 @@ def test_data_that_cannot_be_trained_on_ends_with_code_3(
 ) -> None:
     write_rows(tmp_path / "bad.jsonl", rows)
     argv = flags(settings(dataset_name=tmp_path / "bad.jsonl", **changed))
-    assert run_command(lambda: loop.train.main(argv)) == 3
+    assert run_command(lambda: main(argv)) == 3
     error = capsys.readouterr().err
     assert "bad.jsonl" in error.splitlines()[-1]
     assert "Traceback" not in error
