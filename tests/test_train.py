@@ -334,7 +334,9 @@ def test_gradient_crosses_processes_once_a_step_with_the_loss_behind_it(
     )
     train(config(max_steps=3))
     # r=4 on the four linear modules of two layers: 4 x (32 + 96 + 32 + 32 + 32 + 128 + 128 + 32) x 2 = 4,096 numbers.
-    assert [(tensor.numel(), tensor.dtype) for tensor in crossed] == [(4101, torch.float32)] * 3  # the loss and four signals
+    assert [(tensor.numel(), tensor.dtype) for tensor in crossed] == [
+        (4101, torch.float32)
+    ] * 3  # the loss and four signals
 
 
 def test_moments_of_a_bf16_run_are_float32(settings: Settings, tmp_path: Path) -> None:
