@@ -137,9 +137,8 @@ class Config:
 
     def with_resume(self, *roles: Resume) -> dict[str, Any]:
         """The knobs whose meaning for a resume is one of `roles`, as JSON values."""
-        return {
-            name: value for name, value in _values(self).items() if FIELDS[name].json_schema_extra["resume"] in roles
-        }
+        wanted = {name for name, field in FIELDS.items() if field.json_schema_extra["resume"] in roles}
+        return {name: value for name, value in _values(self).items() if name in wanted}
 
 
 TYPES = typing.get_type_hints(Config)

@@ -39,9 +39,7 @@ def make_accelerator(config: Config) -> Accelerator:
         raise ConfigError(f"dtype: float64 with mixed_precision {asked} in the launch config; autocast would lower it")
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") and asked != "fp16"  # accelerate would take float32 there
     if asked != "no" and not torch.cuda.is_available() and not on_cpu:
-        raise ConfigError(
-            f"mixed_precision: {asked} is for a GPU and torch sees none; for the CPU use launch_configs/cpu.yaml"
-        )
+        raise ConfigError(f"mixed_precision: {asked} is for a GPU and torch sees none; use launch_configs/cpu.yaml")
     if asked == "bf16" and not on_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError("mixed_precision: this GPU has no bf16; use launch_configs/one_gpu_fp16.yaml")
     if config.full_determinism:  # what torch's "Reproducibility" asks for on CUDA; not yet run on a GPU

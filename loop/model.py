@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from loop.config import Config
 from loop.errors import CheckpointError, ConfigError, HubError, NonFiniteError
@@ -29,6 +30,17 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(
             config.model_name_or_path, revision=config.model_revision, trust_remote_code=False, token=False
         )
+
+
+def base_commit(config: Config) -> str | None:
+    """The commit that the base's revision is on the Hub, or was when it was downloaded; None for a folder.
+
+    Raises: HubError."""
+    if Path(config.model_name_or_path).exists():
+        return None
+    with _clear_errors(config, "config.json"):
+        file = cached_file(config.model_name_or_path, "config.json", revision=config.model_revision, token=False)
+    return extract_commit_hash(file, None)
 
 
 def base_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -164,7 +176,7 @@ def adapter_config_json(model: PeftModel, config: Config) -> bytes:
     local = Path(config.model_name_or_path).exists()
     values |= {
         "base_model_name_or_path": None if local else config.model_name_or_path,
-        "revision": None if local else getattr(causal_lm_of(model).config, "_commit_hash", None),
+        "revision": None if local else config.model_revision,
         "inference_mode": True,
     }
     values = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
@@ -215,9 +227,7 @@ def _target_modules(base: PreTrainedModel, asked: tuple[str, ...] | None) -> lis
     candidates = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
     names = asked if asked is not None else DEFAULT_TARGETS.get(base.config.model_type)
     if names is None:
-        raise ConfigError(
-            f"lora_target_modules: PEFT knows no default for {base.config.model_type}; choose of {candidates}"
-        )
+        raise ConfigError(f"lora_target_modules: no default for {base.config.model_type}; choose of {candidates}")
     missing = [name for name in names if not any(m == name or m.endswith("." + name) for m in linear)]
     if missing:
         raise ConfigError(f"lora_target_modules: {', '.join(missing)} is not in this model; it has {candidates}")

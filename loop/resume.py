@@ -38,9 +38,8 @@ def find_checkpoint(folder: Path, asked: str, identity: dict[str, Any]) -> tuple
         except CheckpointError as error:
             passed_over.append(f"passed over {path.name}: {error}")
     if found:
-        raise CheckpointError(
-            "\n".join([*passed_over, f"{folder}: no checkpoint is whole; restore one, or give another output_dir"])
-        )
+        passed_over += [f"{folder}: no checkpoint is whole; restore one, or give another output_dir"]
+        raise CheckpointError("\n".join(passed_over))
     return None, []
 
 

@@ -1,7 +1,7 @@
 """A run, ready for its first step: model, data, optimizer, and the identity that names it."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from loop.model import (
     adapter_parameters,
     add_adapter,
     base_checksum,
+    base_commit,
     base_config,
     base_dtype,
     causal_lm_of,
@@ -41,6 +42,7 @@ class Run:
     """Everything that a step needs. Equal on every process but for the process's share of `steps`."""
 
     config: Config
+    asked: Config  # as given; `config` has the commits and, after the rehearsal, the number that `auto` stands for
     accelerator: Accelerator
     tokenizer: PreTrainedTokenizerBase
     data: Data
@@ -75,25 +77,25 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
         prepare_folder(Path(config.output_dir) / "checkpoints")
     if not sys.stderr.isatty() or not accelerator.is_main_process:
         disable_progress_bar()
-    precision = accelerator.mixed_precision
-    if base_dtype(config, accelerator.device) == torch.float16 and precision != "fp16":
+    asked, precision = config, accelerator.mixed_precision
+    if precision != "fp16" and base_dtype(config, accelerator.device) == torch.float16:
         raise ConfigError("dtype: float16 needs mixed_precision: fp16, as in launch_configs/one_gpu_fp16.yaml")
+    # From here on the commits, not the branches, so that all files are of one state and config.yaml names it.
+    config = replace(config, model_revision=base_commit(config) or config.model_revision)
     tokenizer = load_tokenizer(config)
     with accelerator.main_process_first():  # one process tokenises, the others read its cache
         data = load_data(config, tokenizer)
+    config = replace(config, dataset_revision=data.commit or config.dataset_revision)
     model = add_adapter(load_base(config, accelerator.device), config)
     _check_rows_fit(data, model)
     # evaluation_mode: device and autocast, no DDP, whose buckets would make a resume on 3 processes inexact.
     loss = accelerator.prepare_model(SummedLoss(model, causal_lm_of(model)), evaluation_mode=True).train()
     parameters = adapter_parameters(model)
-    optimizer = adamw(parameters.values(), config)
-    trained = census(model)
-    identity = _identity(config, accelerator, data, model, trained)
+    identity = _identity(config, accelerator, data, model)
     here = {**environment(accelerator), **config.with_resume("announced")}
     knobs = {**config.with_resume("announced", "free"), "output_dir": None}
     facts = {"identity": identity, "knobs": knobs, "versions": [here["versions"], here["source_sha256"]]}
-    compared = {name: canonical_json(fact) for name, fact in facts.items()}
-    compare_processes(accelerator, {**compared, "adapter at the start": serialise(dict(parameters))})
+    compare_processes(accelerator, {**facts, "adapter at the start": sha256(serialise(dict(parameters)))})
     positions = num_positions(len(data.train), config.num_train_epochs, config.max_steps, config.global_batch_size)
     steps = Steps(
         examples=data.train,
@@ -110,6 +112,7 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
         raise ConfigError(f"warmup_steps: {config.warmup_steps:g} is longer than the run of {total} steps")
     return Run(
         config=config,
+        asked=asked,
         accelerator=accelerator,
         tokenizer=tokenizer,
         data=data,
@@ -117,10 +120,10 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
         loss=loss,
         loss_scale=LossScale(True, START) if precision == "fp16" else LossScale(False),
         parameters=parameters,
-        optimizer=optimizer,
+        optimizer=adamw(parameters.values(), config),
         steps=steps,
         num_steps=total,
-        census=trained,
+        census=census(model),
         identity=identity,
         environment=here,
     )
@@ -139,7 +142,7 @@ def _check_rows_fit(data: Data, model: PeftModel) -> None:
 
 def run_manifest(run: Run) -> dict[str, Any]:
     """The part of `run.json` that is a function of the run, not of a session."""
-    commit = getattr(causal_lm_of(run.model).config, "_commit_hash", None)
+    commit = None if Path(run.config.model_name_or_path).exists() else run.config.model_revision
     dataset = {"name": _public_name(run.config.dataset_name), "commit": run.data.commit}
     return {
         "identity": run.identity,
@@ -151,17 +154,13 @@ def run_manifest(run: Run) -> dict[str, Any]:
     }
 
 
-def unpinned(run: Run) -> list[str]:
+def unpinned(asked: Config, used: Config) -> list[str]:
     """A notice for a base or dataset of the Hub that was asked for by a name which may mean another commit tomorrow."""
-    base, data = run_manifest(run)["base"]["commit"], run.data.commit
-    asked = {
-        "model_revision": (run.config.model_revision, base),
-        "dataset_revision": (run.config.dataset_revision, data),
-    }
+    revisions = [(knob, getattr(asked, knob), getattr(used, knob)) for knob in ("model_revision", "dataset_revision")]
     return [
         f"not pinned: {knob} {name or 'main'} is commit {commit} today; write {knob}: {commit} to repeat this run"
-        for knob, (name, commit) in asked.items()
-        if commit is not None and name != commit
+        for knob, name, commit in revisions
+        if name != commit
     ]
 
 
@@ -187,10 +186,9 @@ def describe(run: Run) -> list[str]:
     ]
 
 
-def _identity(
-    config: Config, accelerator: Accelerator, data: Data, model: PeftModel, trained: dict[str, Any]
-) -> dict[str, Any]:
+def _identity(config: Config, accelerator: Accelerator, data: Data, model: PeftModel) -> dict[str, Any]:
     """Names of files and models are left out: what they hold is in, so a moved folder is still the same run."""
+    trained = census(model)
     return {
         **config.with_resume("identity"),
         "base_checksum": base_checksum(model),
@@ -203,9 +201,9 @@ def _identity(
     }
 
 
-def compare_processes(accelerator: Accelerator, facts: dict[str, bytes]) -> None:
+def compare_processes(accelerator: Accelerator, facts: dict[str, Any]) -> None:
     """One gather: do all processes agree on these? Raises: LoopError, on every process alike."""
-    digests = [list(bytes.fromhex(sha256(fact))) for fact in facts.values()]
+    digests = [list(bytes.fromhex(sha256(canonical_json(fact)))) for fact in facts.values()]
     gathered = accelerator.gather(torch.tensor([digests], device=accelerator.device))  # (processes, facts, 32 bytes)
     for process, found in enumerate(gathered):
         for name, mine, first in zip(facts, found, gathered[0]):

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from loop.checkpoint import Checkpoint, prune_checkpoints, write_checkpoint
-from loop.config import Config, config_yaml, parse_command_line
+from loop.config import FIELDS, Config, config_yaml, parse_command_line
 from loop.errors import NonFiniteError
 from loop.files import differences, lock_folder, replace_file
 from loop.heldout import heldout_loss
@@ -90,17 +90,15 @@ def train_run(run: Run, signals: Signals, sources: dict[str, str], notices: list
     """The loop over steps. What is not guarded by `record` is done by all processes, collectives included."""
     config, accelerator = run.config, run.accelerator
     checkpoint, passed_over = find_checkpoint(run.folder, config.resume_from_checkpoint, run.identity)
-    compare_processes(accelerator, {"checkpoint to go on from": b"%d" % (checkpoint.step if checkpoint else -1)})
+    compare_processes(accelerator, {"checkpoint to go on from": checkpoint and checkpoint.step})
     if checkpoint is not None:
         restore(run, checkpoint)
         if checkpoint.step == run.num_steps:
             return finish(run)
     run, heads = rehearse(run, checkpoint)
-    if run.config != config:
-        sources = {**sources, "micro_batch_tokens": "auto"}
     first = checkpoint.step if checkpoint else 0
     last = min(run.num_steps, first + (config.stop_after_steps or run.num_steps))
-    for notice in [*notices, *passed_over, *heads, *unpinned(run)]:
+    for notice in [*notices, *passed_over, *heads, *unpinned(run.asked, run.config)]:
         accelerator.print(notice)
     record = open_record(run, checkpoint, sources) if accelerator.is_main_process else None
     if checkpoint is None:
@@ -142,7 +140,8 @@ def open_record(run: Run, checkpoint: Checkpoint | None, sources: dict[str, str]
     for change in changes:
         print(f"not bit-exact from step {first_step}: {change}", flush=True)
     open_session(run.folder / "run.json", run_manifest(run), run.environment, first_step, changes)
-    replace_file(run.folder / "config.yaml", config_yaml(run.config, sources).encode())
+    found = {name: "found" for name in FIELDS if getattr(run.config, name) != getattr(run.asked, name)}
+    replace_file(run.folder / "config.yaml", config_yaml(run.config, {**sources, **found}).encode())
     start = checkpoint.ledger if checkpoint else LedgerPosition(0, 0, run.identity_sha256)
     return Record(run.folder, start, first_step, run.num_steps, run.config.logging_steps)
 

@@ -3,10 +3,12 @@
 import os
 import tempfile
 
-# Before torch and the Hub's libraries are imported: they read these once.
+# Before torch and the Hub's libraries are imported: they read these once. Forked runs share this process's cache.
+CACHE = os.environ.get("LOOP_TESTS_CACHE") or tempfile.mkdtemp(prefix="loop-tests-")
 os.environ.update(
     OMP_NUM_THREADS="1",
-    HF_HOME=tempfile.mkdtemp(prefix="loop-tests-"),
+    LOOP_TESTS_CACHE=CACHE,
+    HF_HOME=CACHE,
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
     COLUMNS="200",
@@ -37,7 +39,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what starts whole runs, so that `pytest -m "not runs"` is the part that answers within a minute."""
     for item in items:
         module = item.path.stem
-        if module in ("test_train", "test_launcher", "test_demo", "test_resume") or "million_rows" in item.name:
+        if (
+            module in ("test_train", "test_launcher", "test_demo", "test_resume", "test_run")
+            or "million_rows" in item.name
+        ):
             item.add_marker("runs")
 
 
