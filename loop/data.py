@@ -68,20 +68,20 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
 
     Raises: DataError, HubError. Nothing is written but the library's cache."""
     source, commit = _load(config, config.dataset_train_split)
-    whole = _tokenise(source, config, tokenizer)
+    templates = resolve_templates(config, source.column_names)  # once: a test split is read as the train split is
+    whole = _tokenise(source, templates, config, tokenizer)
     usable = np.flatnonzero(_column(whole, "num_targets"))
     if config.dataset_test_split is None:
         count = max(1, round(config.eval_fraction * len(usable))) if config.eval_fraction > 0 else 0
         chosen = np.random.RandomState([config.seed, _SPLIT_STREAM]).permutation(usable)[:count]
         train, heldout = _examples(whole, np.setdiff1d(usable, chosen)), _examples(whole, np.sort(chosen))
     else:
-        test = _tokenise(_load(config, config.dataset_test_split)[0], config, tokenizer)
+        test = _tokenise(_load(config, config.dataset_test_split)[0], templates, config, tokenizer)
         train, heldout = _examples(whole, usable), _examples(test, np.flatnonzero(_column(test, "num_targets")))
     counts = _count(whole, train, heldout)
     if len(train) == 0 or (config.dataset_test_split is not None and len(heldout) == 0):
         raise DataError(f"{config.dataset_name}: no rows are left to train on or to hold out: {counts}")
     fingerprint, largest_token_id = _fingerprint(train, heldout)
-    templates = resolve_templates(config, source.column_names)
     return Data(train, heldout, counts, fingerprint, templates, commit, largest_token_id)
 
 
@@ -170,13 +170,12 @@ def _by_content(path: Path) -> Path:
     return link
 
 
-def _tokenise(source: Dataset, config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def _tokenise(source: Dataset, templates: list[str], config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Every row tokenised, in its place, through the library's cache on disk.
 
     The cache is named by all that decides its bytes, the source of this file included."""
     if len(source) == 0:
         raise DataError(f"{config.dataset_name}: the split holds no rows")
-    templates = resolve_templates(config, source.column_names)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else tokenizer.get_vocab()
     decisive = [source._fingerprint, templates, config.max_length, config.truncation, vocabulary]
