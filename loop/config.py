@@ -112,6 +112,8 @@ class Config:
         if tuple[str, ...] in typing.get_args(expected) and isinstance(value, (str, list, tuple)):
             names = value.split(",") if isinstance(value, str) else value
             return tuple(sorted({str(name).strip() for name in names}))
+        if info.field_name in ("model_name_or_path", "dataset_name") and str(value).startswith(("./", "../")):
+            return os.path.abspath(value)  # in RUN/config.yaml it would be relative to RUN
         if isinstance(value, bool) and expected is not bool:
             raise ValueError("a true or false of YAML; quote it if it is text")
         return value

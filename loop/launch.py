@@ -88,13 +88,13 @@ def _last_words(error: BaseException) -> tuple[str, int]:
     if isinstance(error, (LoopError, Stopped)):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; the same command goes on from the last checkpoint, if there is one", 130
+        return "interrupted; what was saved before is intact", 130
     if is_out_of_memory(error):
         peak = peak_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu")) / 2**30
         ways = "micro_batch_tokens (auto finds it) or max_length, or set gradient_checkpointing or load_in_4bit: true"
         return f"out of memory after a peak of {peak:.1f} GiB; lower {ways}", 5
     if isinstance(error, OSError) and error.errno is not None:
-        return f"{error.filename or 'output_dir'}: {error.strerror}; the last checkpoint is intact", 5
+        return f"{error.filename or 'output_dir'}: {error.strerror}; what was saved before is intact", 5
     if isinstance(error, torch.distributed.DistError) or "closed by peer" in str(error):
         return _PEER_ENDED, 1
     return f"a bug of this program: {type(error).__name__}: {error}", 1

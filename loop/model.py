@@ -4,6 +4,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,14 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from loop.config import Config
 from loop.errors import CheckpointError, ConfigError, HubError, NonFiniteError
 from loop.quantise import dtype_name, keep_trainable, num_parameters, quantization_config
-
-_CHECKSUM_WORDS = 1 << 20
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -35,8 +35,11 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 def base_commit(config: Config) -> str | None:
     """The commit that the base's revision is on the Hub, or was when it was downloaded; None for a folder.
 
-    Raises: HubError."""
-    if Path(config.model_name_or_path).exists():
+    Raises: ConfigError where an absolute path is not there, HubError."""
+    path = Path(config.model_name_or_path)
+    if path.is_absolute() and not path.exists():
+        raise ConfigError(f"model_name_or_path: found no folder {path}; expected one with safetensors")
+    if path.exists():
         return None
     with _clear_errors(config, "config.json"):
         file = cached_file(config.model_name_or_path, "config.json", revision=config.model_revision, token=False)
@@ -76,7 +79,10 @@ def load_base(config: Config, device: torch.device) -> PreTrainedModel:
         if loading["missing_keys"] or loading["mismatched_keys"]:  # transformers would make them up, with a warning
             missing = sorted(str(key) for key in [*loading["missing_keys"], *loading["mismatched_keys"]])
             raise ValueError(f"no fitting tensor for {', '.join(missing[:3])}")
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError("it is an adapter (adapter_config.json), which transformers put on its base")
     keep_trainable(model)
+    model.generation_config = GenerationConfig()  # its own defaults would fill what a sample leaves open
     return model
 
 
@@ -186,36 +192,23 @@ def adapter_config_json(model: PeftModel, config: Config) -> bytes:
 def base_checksum(model: PeftModel) -> str:
     """One sha256 over name, shape, dtype and content of every frozen tensor: the base's identity.
 
-    The content of each is reduced where it lies (`tensor_checksum`), so that 14 GB on a GPU are not copied. Taken
-    again after training it proves that no byte of the base moved. A proof against accidents, not against forgery."""
+    Taken again after training it proves that no byte of the base moved. Each tensor of a GPU is copied to memory for
+    it, one per thread; a processor's core hashes about a gigabyte a second."""
     trained = {parameter.data_ptr() for parameter in adapter_parameters(model).values()}
-    lines, seen = [], set()
+    tensors, seen = {}, set()
     for name, tensor in sorted(model.state_dict().items()):
         place = (tensor.data_ptr(), tuple(tensor.shape))
-        if tensor.data_ptr() in trained or place in seen:
-            continue  # a tied tensor counts once
-        seen.add(place)
-        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        lines.append(f"{plain} {list(tensor.shape)} {tensor.dtype} {tensor_checksum(tensor):016x}\n")
-    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+        if tensor.data_ptr() not in trained and place not in seen:  # a tied tensor counts once
+            seen.add(place)
+            tensors[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = tensor
+    with ThreadPoolExecutor() as pool:
+        lines = pool.map(_checksum_line, tensors, tensors.values())
+        return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
-def tensor_checksum(tensor: Tensor) -> int:
-    """64 bits of a tensor's bytes, equal on every device: the wrapped sum of each 8-byte word mixed with its index.
-
-    Each mix is a bijection of the word, so any change of one word changes the sum; constants of splitmix64
-    (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators")."""
-    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for start in range(0, flat.numel(), 8 * _CHECKSUM_WORDS):
-        piece = flat[start : start + 8 * _CHECKSUM_WORDS]
-        words = nn.functional.pad(piece, (0, -piece.numel() % 8)).view(torch.int64)
-        index = torch.arange(start // 8, start // 8 + words.numel(), device=tensor.device)
-        mixed = words ^ (index * -7046029254386353131)
-        mixed = (mixed ^ ((mixed >> 30) & (2**34 - 1))) * -4658895280553007687
-        mixed = (mixed ^ ((mixed >> 27) & (2**37 - 1))) * -7723592293110705685
-        total += (mixed ^ ((mixed >> 31) & (2**33 - 1))).sum()
-    return int(total) % 2**64
+def _checksum_line(name: str, tensor: Tensor) -> str:
+    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    return f"{name} {list(tensor.shape)} {tensor.dtype} {hashlib.sha256(content).hexdigest()}\n"
 
 
 def _target_modules(base: PreTrainedModel, asked: tuple[str, ...] | None) -> list[str]:

@@ -25,4 +25,4 @@ def sample(accelerator: Accelerator, model: PeftModel, tokenizer: PreTrainedToke
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=greedy
         )
     model.train(was_training)
-    return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
+    return str(tokenizer.decode(tokens[0], skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -488,3 +488,15 @@ def test_the_documented_run_is_pinned() -> None:
     command = parse_command_line(["--config=bloom-7b1-quotes"])
     assert {name: getattr(command.config, name) for name in wanted} == wanted
     assert {command.sources[name] for name in wanted} == {"file"}
+
+
+def test_a_path_that_begins_with_a_dot_is_read_back_from_the_run_as_what_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    command = parse_command_line(["--model_name_or_path=./m", "--dataset_name=../rows.csv", "--output_dir=run"])
+    (tmp_path / "run" / "config.yaml").write_text(config_yaml(command.config, command.sources))
+    config = parse_command_line(["--config=run/config.yaml"]).config
+    assert config.model_name_or_path == f"{tmp_path}/m"
+    assert config.dataset_name == f"{tmp_path.parent}/rows.csv"

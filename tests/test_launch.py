@@ -146,7 +146,7 @@ def test_an_interruption_is_130_and_says_how_to_go_on(capsys: pytest.CaptureFixt
     assert run_command(raising(KeyboardInterrupt())) == 130
     found = capsys.readouterr().err
     assert found.startswith("error: interrupted; ")
-    assert "the same command goes on" in found
+    assert "what was saved before is intact" in found
     assert "Traceback" not in found
 
 

@@ -1,0 +1,198 @@
+"""Prompts continued by a run's adapter, a checkpoint's, or a plain model: `python -m loop.generate RUN|MODEL`.
+
+Runs on the GPU if torch sees one, else on the CPU, without the autocast of training: the base in the dtype and
+quantisation of the run's config (where it names none, the device's default, which may change a word), LoRA in the
+dtype that it was trained in. What comes out is an impression; the measure of a run is its held-out loss."""
+
+import argparse
+import io
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from loop.checkpoint import list_checkpoints, read_checkpoint
+from loop.config import Config, parse_command_line
+from loop.errors import CheckpointError, ConfigError
+from loop.files import sha256
+from loop.launch import run_command
+from loop.model import causal_lm_of, load_base, load_tokenizer
+from loop.record import read_run
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base, and the folder of the adapter on it; without one, the base alone."""
+
+    config: Config
+    adapter: Path | None = None
+    adapter_sha256: str | None = None
+
+
+def find_source(name: str, base_only: bool) -> Source:
+    """What the command's first argument stands for. Raises: ConfigError; CheckpointError if no adapter verifies."""
+    folder, place = Path(name), Path(name).resolve()
+    runs = [folder]
+    runs += [place.parent] if place.name == "adapter" else []
+    runs += [place.parents[1]] if place.parent.name == "checkpoints" else []
+    run = next((run for run in runs if (run / "config.yaml").is_file()), None)
+    if run is not None:
+        config = parse_command_line(["--config", str(run / "config.yaml")]).config
+        commit = read_run(run / "run.json").get("base", {}).get("commit")  # of what was trained on: a branch moves on
+        config = replace(config, model_revision=commit or config.model_revision)
+        return Source(config) if base_only else Source(config, *find_adapter(run, folder))
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(f"{name}: found an adapter without its run; expected RUN or RUN/checkpoints/step-N")
+    beside_runs = len(folder.parts) == 2 and any(folder.parent.glob("*/config.yaml"))
+    if not folder.exists() and (beside_runs or len(folder.parts) > 2 or name[:1] in ".~"):  # no Hub id, a slip
+        raise ConfigError(f"{name}: found no such folder; expected a run, a checkpoint in it, or a model")
+    return Source(Config(model_name_or_path=name, dataset_name="none", output_dir="none"))
+
+
+def find_adapter(run: Path, asked: Path) -> tuple[Path, str]:
+    """Folder and sha256 of the checkpoint asked for, else of the finished adapter, else of the newest checkpoint.
+
+    Raises: CheckpointError unless it is what its manifest, or for the finished one `run.json`, states."""
+    result, checkpoints = read_run(run / "run.json").get("result"), list_checkpoints(run / "checkpoints")
+    if asked.resolve().parent == run.resolve() / "checkpoints":
+        folder = asked
+    elif result is not None:
+        path, stated = run / "adapter" / "adapter_model.safetensors", result["adapter_sha256"]
+        found = sha256(path.read_bytes()) if path.is_file() else "no file"
+        if found != stated:
+            raise CheckpointError(
+                f"{path}: found {found}, run.json states sha256 {stated}; its training command restores it"
+            )
+        return path.parent, found
+    elif checkpoints:
+        folder = checkpoints[-1]
+        print(f"{run}: not finished; this is its newest checkpoint, {folder.name}", file=sys.stderr, flush=True)
+    else:
+        raise CheckpointError(f"{run}: found no finished adapter and no checkpoint; train it on, or give --base")
+    return folder, sha256(read_checkpoint(folder).adapter_files()["adapter_model.safetensors"])
+
+
+def load_model(source: Source) -> PreTrainedModel:
+    """The base, with the adapter in it, for inference. Raises: CheckpointError if they do not fit together."""
+    base = load_base(source.config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    base.eval()
+    if source.adapter is None:
+        return base
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5.23 by a name that it has deprecated, and only warns of a missing tensor.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        warnings.filterwarnings("error", message="Found missing adapter keys", category=UserWarning)
+        try:
+            return causal_lm_of(PeftModel.from_pretrained(base, source.adapter).eval())
+        except (ValueError, RuntimeError, UserWarning) as error:
+            found = f"does not fit {source.config.model_name_or_path}: {str(error).splitlines()[0]}"
+            raise CheckpointError(f"{source.adapter}: {found}; expected the base that it was trained on") from error
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """A prompt's tokens, as training makes them. Raises: ConfigError if there are none."""
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ConfigError(f"--prompt: found {prompt!r:.60}, expected UTF-8")
+    tokens: list[int] = tokenizer(prompt, verbose=False)["input_ids"] if prompt else []
+    tokens = tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens  # some tokenizers end every text
+    if not tokens:
+        raise ConfigError(f"--prompt: found {prompt!r:.60}, which has no tokens; expected some text")
+    return tokens
+
+
+def complete(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, temperature: float
+) -> dict[str, Any]:
+    """One continuation: its text, its number of tokens (with the end-of-text), and what stopped it.
+
+    Raises: ConfigError where the model does not have that many positions."""
+    given, eos, pad = encode(tokenizer, prompt), tokenizer.eos_token_id, tokenizer.pad_token_id
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and len(given) + max_new_tokens > context:
+        found = f"found {len(given)} tokens and --max_new_tokens {max_new_tokens}"
+        raise ConfigError(f"--prompt: {found}, the model takes {context} together; shorten one of them")
+    drawn = {"temperature": temperature, "top_k": 0} if temperature > 0 else {}  # the library would draw from 50
+    ends = {"max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": eos if pad is None else pad}
+    generation = GenerationConfig(do_sample=temperature > 0, **drawn, **ends)
+    inputs = torch.tensor([given], device=model.device)
+    tokens = model.generate(  # type: ignore[operator]
+        input_ids=inputs, attention_mask=torch.ones_like(inputs), generation_config=generation
+    )[0].tolist()
+    # Cut as text: decoded alone, a continuation loses its first space in some tokenizers.
+    plainly = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    whole, before = (str(tokenizer.decode(part, **plainly)) for part in (tokens, given))
+    stopped = "end_of_text" if tokens[-1] == eos else "length"
+    return {"completion": whole[len(before) :], "completion_tokens": len(tokens) - len(given), "stopped": stopped}
+
+
+def read_prompts() -> Iterator[str]:
+    """One prompt a line from stdin, up to its end or an empty line; a terminal is shown a mark."""
+    lines = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors="surrogateescape")
+    while True:
+        if sys.stdin.isatty() and sys.stderr.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = lines.readline().rstrip("\n")
+        if not line.strip():
+            return
+        yield line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; --help lists the flags")
+
+
+def parse_options(argv: list[str]) -> argparse.Namespace:
+    """Raises: ConfigError that lists every number out of its range; SystemExit(0) after `--help`."""
+    about = "Continue --prompt, or each line of stdin up to its end or an empty line."
+    plain = "Nothing is done against repetition: what repeats itself is the model."
+    parser = _Parser(prog="loop.generate", description=about, epilog=plain, allow_abbrev=False)
+    parser.add_argument("source", metavar="RUN|MODEL", help="a run, RUN/checkpoints/step-N, a model's folder or Hub id")
+    parser.add_argument("--prompt", metavar="TEXT", help="the text to continue (default: lines of stdin)")
+    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=40, metavar="N", help="(default 40)")
+    greedy = "0 takes the likeliest token, above 0 draws from all of them (default 0)"
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help=greedy)
+    parser.add_argument("--seed", type=int, default=42, metavar="N", help="of the draws, anew each prompt (default 42)")
+    parser.add_argument("--base", action="store_true", help="without the adapter: what the run started from")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(argv)
+    wrong = [
+        f"--{name}: found {value}, expected {least} or more, and less than 2**32"
+        for name, least in (("max_new_tokens", 1), ("temperature", 0), ("seed", 0))
+        if not least <= (value := getattr(options, name)) < 2**32
+    ]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    return options
+
+
+def main(argv: list[str]) -> None:
+    """`python -m loop.generate`: nothing but what was asked for goes to stdout."""
+    options = parse_options(argv)
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    source = find_source(options.source, options.base)
+    tokenizer = load_tokenizer(source.config)
+    if options.prompt is not None:
+        encode(tokenizer, options.prompt)  # refused now, not after the base has been loaded
+    model = load_model(source)
+    shared = {"model": source.config.model_name_or_path, "adapter": source.adapter and str(source.adapter)}
+    shared |= {"adapter_sha256": source.adapter_sha256, "seed": options.seed}
+    numbers = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
+    for prompt in read_prompts() if options.prompt is None else [options.prompt]:
+        torch.manual_seed(options.seed)  # anew, so that no answer depends on those before it
+        answer = {"prompt": prompt, **complete(model, tokenizer, prompt, **numbers), **shared, **numbers}
+        print(json.dumps(answer, ensure_ascii=False) if options.json else prompt + answer["completion"], flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: main(sys.argv[1:]), debug="--debug" in sys.argv))
