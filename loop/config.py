@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import itertools
 import os
+import re
 import string
 import typing
 from collections.abc import Iterator
@@ -114,13 +115,15 @@ class Config:
             return tuple(sorted({str(name).strip() for name in names}))
         if info.field_name in ("model_name_or_path", "dataset_name") and str(value).startswith(("./", "../")):
             return os.path.abspath(value)  # in RUN/config.yaml it would be relative to RUN
+        if info.field_name == "output_dir" and str(value).strip()[:1] in ("", "~"):
+            raise ValueError("expected a folder, its ~ replaced")
         if isinstance(value, bool) and expected is not bool:
             raise ValueError("a true or false of YAML; quote it if it is text")
         return value
 
     @field_validator("text_template", "prompt_template", "completion_template")
     @classmethod
-    def _check_template(cls, template: str | None) -> str | None:
+    def _check_template(cls, template: str | None, info: Any) -> str | None:
         try:
             (template or "").format_map(collections.defaultdict(str))
             for _, column, spec, _ in string.Formatter().parse(template or ""):
@@ -128,6 +131,8 @@ class Config:
                     raise ValueError
         except (ValueError, LookupError, AttributeError) as error:
             raise ValueError("expected plain columns such as {quote}") from error
+        if template is not None and "{" not in template and info.field_name != "prompt_template":
+            raise ValueError("expected a column such as {quote}")
         return template
 
     @model_validator(mode="after")
@@ -215,14 +220,8 @@ def _parse_flags(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any], l
         text = f"{field.description} ({default})".replace("%", "%%")
         optional: dict[str, Any] = {"nargs": "?", "const": "true"} if TYPES[name] is bool else {}
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar="VALUE", help=text, **optional)
-    words: list[str] = []
-    for word in argv:
-        open_flag = words and words[-1].startswith("--") and "=" not in words[-1]
-        if open_flag and word.startswith("-") and not word.startswith("--") and word != "-h":
-            words[-1] += "=" + word  # a value: --learning_rate -1e-4
-        else:
-            words.append(_underscored(word))
-    known, rest = parser.parse_known_args(words)
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own takes -1e-4 for a flag
+    known, rest = parser.parse_known_args([_underscored(word) for word in argv])
     flags = {name: value for name, value in vars(known).items() if name in FIELDS}
     errors, unknown = [], iter(rest)
     for word in unknown:

@@ -3,6 +3,7 @@
 Nothing here is shuffled, padded or shifted. Rows keep their place: index i is row i of the dataset as loaded."""
 
 import codecs
+import errno
 import hashlib
 import json
 import string
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loop.batch import Example
 from loop.config import Config
-from loop.errors import DataError, HubError
+from loop.errors import DataError, EnvironmentFault, HubError
 
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else each load reports itself to the library's makers
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -79,8 +80,12 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
         test = _tokenise(_load(config, config.dataset_test_split)[0], templates, config, tokenizer)
         train, heldout = _examples(whole, usable), _examples(test, np.flatnonzero(_column(test, "num_targets")))
     counts = _count(whole, train, heldout)
-    if len(train) == 0 or (config.dataset_test_split is not None and len(heldout) == 0):
-        raise DataError(f"{config.dataset_name}: no rows are left to train on or to hold out: {counts}")
+    if len(train) == 0:
+        lost = "{dropped_without_target} of {rows} have no text, {dropped_too_long} of {rows} are".format(**counts)
+        ways = f"longer than max_length {config.max_length}; raise it, or choose truncation: truncate"
+        raise DataError(f"{config.dataset_name}: no rows are left to train on: {lost} {ways}")
+    if config.dataset_test_split is not None and len(heldout) == 0:
+        raise DataError(f"dataset_test_split: no row of {config.dataset_test_split} has text to predict")
     fingerprint, largest_token_id = _fingerprint(train, heldout)
     return Data(train, heldout, counts, fingerprint, templates, commit, largest_token_id)
 
@@ -105,12 +110,14 @@ def render(template: str, row: dict[str, Any], index: int) -> str:
         if column is None:
             continue
         if column not in row:
-            raise DataError(f"column {column!r} is missing; the columns are {', '.join(sorted(row))}")
+            ways = f"the columns are {', '.join(sorted(row))}; name one in dataset_text_field or text_template"
+            raise DataError(f"column {column!r} is missing; {ways}")
         value = row[column]
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             value = ", ".join(value)
         if not isinstance(value, str):
-            raise DataError(f"row {index}, column {column!r}: found {value!r:.60}, expected text")
+            found = f"row {index}, column {column!r}: found {value!r:.60}"
+            raise DataError(f"{found}, expected text; correct or remove the row")
         parts.append(format(string.Formatter().convert_field(value, conversion), spec or ""))
     return "".join(parts)
 
@@ -125,6 +132,8 @@ def _load(config: Config, split: str) -> tuple[Dataset, str | None]:
             # A byte order mark is no text; the other readers drop it themselves.
             encoding = {"encoding": "utf-8-sig"} if form == "text" else {}
             builder = load_dataset_builder(form, data_files=str(_by_content(path)), token=False, **encoding)
+        elif path.is_file():
+            raise DataError(f"dataset_name: found a {path.suffix} file, expected {', '.join(FILE_FORMATS)}; convert it")
         else:
             revision = config.dataset_revision
             builder = load_dataset_builder(name, name=config.dataset_config, revision=revision, token=False)
@@ -133,11 +142,16 @@ def _load(config: Config, split: str) -> tuple[Dataset, str | None]:
         commit = base.split("@")[1].split("/")[0] if base.startswith("hf://") and "@" in base else None
         return builder.as_dataset(split=split), commit
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise HubError(f"dataset_name: {name}: {_first_line(error)}; expected a Hub id or a local file") from error
+        ways = f"expected a file, or a Hub id; try: hf download {name} --repo-type dataset --local-dir DIR"
+        raise HubError(f"dataset_name: {name}: {_first_line(error)}; {ways}, and a file of DIR") from error
     except StopIteration as error:
         raise DataError(f"dataset_name: {name}: holds no rows") from error
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
-        found = _first_line(error.__cause__ or error)
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            ways = "free some space, or set HF_HOME to a folder on another disk"
+            raise EnvironmentFault(f"the cache of datasets: {cause.strerror}; {ways}") from error
+        found = _first_line(cause)
         words = "holds no rows" if "corresponds to no data" in found else found
         raise DataError(f"dataset_name: {name}: {words}") from error
 
@@ -148,7 +162,8 @@ def _by_content(path: Path) -> Path:
     The library itself goes by modification times and takes a name for a pattern. Text that is not UTF-8 is refused
     here with its offset, which the readers underneath do not tell."""
     if not path.is_file():
-        raise DataError(f"dataset_name: found no file {path}")
+        hint = f"write ./{path.name} for a file beside the recipe"
+        raise DataError(f"dataset_name: found no file {path.absolute()}; {hint}")
     digest, decoder, offset, chunk = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), 0, b" "
     with path.open("rb") as file:
         while chunk:

@@ -23,6 +23,13 @@ from loop.config import Config
 from loop.errors import CheckpointError, ConfigError, HubError, NonFiniteError
 from loop.quantise import dtype_name, keep_trainable, num_parameters, quantization_config
 
+_EXPECTED = "expected a folder with config.json, tokenizer.json and *.safetensors (pytorch_model.bin is never opened)"
+_HINTS = {
+    "deserializing header": "a Git LFS pointer or an error page? download it again: hf download NAME --local-dir DIR",
+    "custom code": "code from a model repository is never run; use a model that transformers has",
+}
+"""What helps, by words in what transformers and safetensors say."""
+
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """The base's own tokenizer, as it is. Raises: ConfigError for a folder, HubError for a Hub id."""
@@ -234,9 +241,9 @@ def _clear_errors(config: Config, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        first_line = str(error).strip().split("\n")[0].rstrip(".")
+        found = str(error).strip().split("\n")[0].rstrip(".")
+        hint = next((hint for words, hint in _HINTS.items() if words in found), _EXPECTED)
         if Path(name).exists():
-            message = f"model_name_or_path: no {what} in {name}: {first_line}; expected a folder with safetensors"
-            raise ConfigError(message) from error
+            raise ConfigError(f"model_name_or_path: no {what} in {name}: {found}; {hint}") from error
         ways = f"expected a folder, or a Hub id that is online or downloaded before: hf download {name}"
-        raise HubError(f"model_name_or_path: {name}: {first_line}; {ways}") from error
+        raise HubError(f"model_name_or_path: {name}: {found}; {ways if hint == _EXPECTED else hint}") from error

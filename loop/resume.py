@@ -22,7 +22,7 @@ def find_checkpoint(folder: Path, asked: str, identity: dict[str, Any]) -> tuple
     if asked not in ("auto", "none"):
         chosen = [path for path in found if asked == path.name or Path(asked).resolve() == path.resolve()]
         if not chosen:
-            there = ", ".join(path.name for path in found) or "no checkpoint"
+            there = f"{', '.join(path.name for path in found) or 'none'}; write auto, none or a checkpoint"
             raise CheckpointError(f"resume_from_checkpoint: {asked} is not in {folder}, which holds {there}")
         newer = ", ".join(path.name for path in found[found.index(chosen[0]) + 1 :])
         notice = f"going back to {chosen[0].name}: {newer} no longer count, the ledger is cut back"

@@ -52,8 +52,6 @@ class Run:
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     steps: Steps
-    num_steps: int
-    census: dict[str, Any]
     identity: dict[str, Any]
     """What may not change in a resume; its sha256 is the ledger's first `prev`."""
     environment: dict[str, Any]
@@ -62,6 +60,10 @@ class Run:
     @property
     def folder(self) -> Path:
         return Path(self.config.output_dir)
+
+    @property
+    def num_steps(self) -> int:
+        return num_steps(self.steps.positions, self.steps.global_batch_size)
 
     @property
     def identity_sha256(self) -> str:
@@ -107,26 +109,14 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
-    total = num_steps(positions, config.global_batch_size)
-    if warmup(config, total) > total:
-        raise ConfigError(f"warmup_steps: {config.warmup_steps:g} is longer than the run of {total} steps")
-    return Run(
-        config=config,
-        asked=asked,
-        accelerator=accelerator,
-        tokenizer=tokenizer,
-        data=data,
-        model=model,
-        loss=loss,
-        loss_scale=LossScale(True, START) if precision == "fp16" else LossScale(False),
-        parameters=parameters,
-        optimizer=adamw(parameters.values(), config),
-        steps=steps,
-        num_steps=total,
-        census=census(model),
-        identity=identity,
-        environment=here,
+    optimizer = adamw(parameters.values(), config)
+    scale = LossScale(True, START) if precision == "fp16" else LossScale(False)
+    run = Run(
+        config, asked, accelerator, tokenizer, data, model, loss, scale, parameters, optimizer, steps, identity, here
     )
+    if warmup(config, run.num_steps) > run.num_steps:
+        raise ConfigError(f"warmup_steps: {config.warmup_steps:g} is longer than the run of {run.num_steps} steps")
+    return run
 
 
 def _check_rows_fit(data: Data, model: PeftModel) -> None:
@@ -149,7 +139,7 @@ def run_manifest(run: Run) -> dict[str, Any]:
         "identity_sha256": run.identity_sha256,
         "base": {"name": _public_name(run.config.model_name_or_path), "commit": commit},
         "data": {**dataset, "counts": run.data.counts},
-        "census": run.census,
+        "census": census(run.model),
         "num_steps": run.num_steps,
     }
 
@@ -166,7 +156,7 @@ def unpinned(asked: Config, used: Config) -> list[str]:
 
 def describe(run: Run) -> list[str]:
     """The run in four lines, for a person."""
-    config, counts, trained, accelerator = run.config, run.data.counts, run.census, run.accelerator
+    config, counts, trained, accelerator = run.config, run.data.counts, census(run.model), run.accelerator
     dropped = counts["dropped_without_target"] + counts["dropped_too_long"]
     numbers = f"{trained['trained_parameters']:,} of {trained['all_parameters']:,} parameters"
     share = trained["trained_parameters"] / trained["all_parameters"]

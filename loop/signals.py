@@ -22,8 +22,8 @@ class Signals:
         self._noted: set[int] = set()
         self._deferred = False
         self._previous: dict[int, Any] = {}
-        launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # accelerate launch sets it, whatever the precision
-        self._launcher = os.getppid() if launched else None
+        # accelerate launch sets this variable, whatever the precision.
+        self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
 
     def __enter__(self) -> "Signals":
         for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
