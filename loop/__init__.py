@@ -4,6 +4,7 @@ In Python: `from loop import Config, train`, then `train(Config(...))`."""
 
 import importlib
 import logging
+import os
 import signal
 import sys
 from types import ModuleType
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from loop.train import train as train
 
 __version__ = "0.1.0"
+# Training uses no token. transformers 5.23 lists a repository's files with the one of the user's login otherwise,
+# token=False or not. The Hub's client reads this when it is imported.
+os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at each import it recommends a package for inference
 
 if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -59,7 +59,9 @@ class Config:
     gradient_checkpointing: bool = knob(False, "announced", "recompute activations in backward: memory for time")
 
     # What it is trained on.
-    dataset_name: str = knob(..., "resolved", "Hub id, or a local .json .jsonl .csv .parquet or .txt file")
+    dataset_name: str = knob(
+        ..., "resolved", "Hub id, or a local .json .jsonl .csv .parquet or .txt file, or a folder of some"
+    )
     dataset_config: str | None = knob(None, "resolved", "the Hub dataset's configuration")
     dataset_revision: str | None = knob(None, "resolved", "branch, tag or commit of the dataset on the Hub")
     dataset_train_split: str = knob("train", "resolved", "split to train on, such as train or train[:1000]")
@@ -126,12 +128,12 @@ class Config:
     def _check_template(cls, template: str | None, info: Any) -> str | None:
         try:
             (template or "").format_map(collections.defaultdict(str))
-            for _, column, spec, _ in string.Formatter().parse(template or ""):
-                if column is not None and (column.isdigit() or set(".[{") & {*column, *(spec or "")}):
-                    raise ValueError
+            columns = [parts[1:3] for parts in string.Formatter().parse(template or "") if parts[1] is not None]
+            if any(str(name).isdigit() or set(".[{") & {*str(name), *(spec or "")} for name, spec in columns):
+                raise ValueError
         except (ValueError, LookupError, AttributeError) as error:
             raise ValueError("expected plain columns such as {quote}") from error
-        if template is not None and "{" not in template and info.field_name != "prompt_template":
+        if template is not None and not columns and info.field_name != "prompt_template":
             raise ValueError("expected a column such as {quote}")
         return template
 
@@ -249,7 +251,7 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
-        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        twice = [f"{key.value} in line {key.start_mark.line + 1}" for key, _ in node.value if keys.count(key.value) > 1]
         if twice:
             raise yaml.YAMLError(f"given twice: {', '.join(twice)}")
         return super().construct_mapping(node, deep)

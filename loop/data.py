@@ -142,8 +142,8 @@ def _load(config: Config, split: str) -> tuple[Dataset, str | None]:
         commit = base.split("@")[1].split("/")[0] if base.startswith("hf://") and "@" in base else None
         return builder.as_dataset(split=split), commit
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-        ways = f"expected a file, or a Hub id; try: hf download {name} --repo-type dataset --local-dir DIR"
-        raise HubError(f"dataset_name: {name}: {_first_line(error)}; {ways}, and a file of DIR") from error
+        ways = f"no token is used: hf download {name} --repo-type dataset --local-dir DIR, then write DIR in its place"
+        raise HubError(f"dataset_name: {name}: {_first_line(error)}; {ways}") from error
     except StopIteration as error:
         raise DataError(f"dataset_name: {name}: holds no rows") from error
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
@@ -153,7 +153,8 @@ def _load(config: Config, split: str) -> tuple[Dataset, str | None]:
             raise EnvironmentFault(f"the cache of datasets: {cause.strerror}; {ways}") from error
         found = _first_line(cause)
         words = "holds no rows" if "corresponds to no data" in found else found
-        raise DataError(f"dataset_name: {name}: {words}") from error
+        kind = HubError if isinstance(error, OSError) and not path.exists() else DataError
+        raise kind(f"dataset_name: {name}: {words}") from error
 
 
 def _by_content(path: Path) -> Path:

@@ -8,11 +8,11 @@ class LoopError(Exception):
 
 
 class ConfigError(LoopError):
-    exit_code = 2  # usage or configuration: nothing was loaded, nothing was written
+    exit_code = 2  # usage or configuration: nothing was trained
 
 
 class DataError(LoopError):
-    exit_code = 3  # the dataset cannot be trained on as asked: nothing was written
+    exit_code = 3  # the dataset cannot be trained on as asked: nothing was trained
 
 
 class CheckpointError(LoopError):

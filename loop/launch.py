@@ -74,7 +74,7 @@ def run_command(command: Callable[[], None], debug: bool = False) -> int:
         message, code = _last_words(error)
         if debug or (code == 1 and message != _PEER_ENDED):
             traceback.print_exception(error)
-        elif isinstance(error, (LoopError, Stopped)):
+        elif isinstance(error, (LoopError, Stopped)) or message == _PEER_ENDED:
             error.__traceback__ = error.__cause__ = None  # expected: the launcher shall quote the sentence only
         if launched_processes() > 1:
             get_error_handler().record_exception(error)  # the launcher has the last word, and quotes this
@@ -95,6 +95,6 @@ def _last_words(error: BaseException) -> tuple[str, int]:
         return f"out of memory after a peak of {peak:.1f} GiB; lower {ways}", 5
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or 'output_dir'}: {error.strerror}; what was saved before is intact", 5
-    if isinstance(error, torch.distributed.DistError) or "closed by peer" in str(error):
+    if isinstance(error, torch.distributed.DistError) or "by peer" in str(error):
         return _PEER_ENDED, 1
     return f"a bug of this program: {type(error).__name__}: {error}", 1

@@ -245,5 +245,6 @@ def _clear_errors(config: Config, what: str) -> Iterator[None]:
         hint = next((hint for words, hint in _HINTS.items() if words in found), _EXPECTED)
         if Path(name).exists():
             raise ConfigError(f"model_name_or_path: no {what} in {name}: {found}; {hint}") from error
-        ways = f"expected a folder, or a Hub id that is online or downloaded before: hf download {name}"
+        download = f"hf download {name}, then HF_HUB_OFFLINE=1"
+        ways = f"expected a folder, or a Hub id that is online or downloaded before: {download}"
         raise HubError(f"model_name_or_path: {name}: {found}; {ways if hint == _EXPECTED else hint}") from error

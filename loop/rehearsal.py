@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,9 @@ def rehearse(run: Run, checkpoint: Checkpoint | None) -> tuple[Run, list[str]]:
     run.loss.train()
     if run.config.micro_batch_tokens == "auto":
         before = checkpoint.environment.get("micro_batch_tokens") if checkpoint else None
-        run = _with_micro_batch_tokens(run, largest_that_fits(run, before))
+        found: dict[str, Any] = {"micro_batch_tokens": largest_that_fits(run, before)}
+        config, steps = dataclasses.replace(run.config, **found), dataclasses.replace(run.steps, **found)
+        run = dataclasses.replace(run, config=config, steps=steps, environment={**run.environment, **found})
     else:
         forward_and_backward(run, run.steps.micro_batch_tokens)
     words = f"head(hidden) is {difference:.1%} off this model's own loss: its own logits are used, at their memory"
@@ -78,13 +81,3 @@ def largest_batch(examples: Examples, micro_batch_tokens: int, global_batch_size
     rows = np.minimum(np.minimum(micro_batch_tokens // widths, global_batch_size), np.arange(len(widths), 0, -1))
     start = int(np.argmax(rows * widths))
     return collate(examples.read(longest_first[start : start + rows[start]]), pad_token_id)
-
-
-def _with_micro_batch_tokens(run: Run, tokens: int) -> Run:
-    """The same run, as if `tokens` had been given."""
-    return dataclasses.replace(
-        run,
-        config=dataclasses.replace(run.config, micro_batch_tokens=tokens),
-        steps=dataclasses.replace(run.steps, micro_batch_tokens=tokens),
-        environment={**run.environment, "micro_batch_tokens": tokens},
-    )
