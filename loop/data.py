@@ -8,7 +8,7 @@ import hashlib
 import json
 import string
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,8 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
         chosen = np.random.RandomState([config.seed, _SPLIT_STREAM]).permutation(usable)[:count]
         train, heldout = _examples(whole, np.setdiff1d(usable, chosen)), _examples(whole, np.sort(chosen))
     else:
-        test = _tokenise(_load(config, config.dataset_test_split)[0], templates, config, tokenizer)
+        pinned = replace(config, dataset_revision=commit or config.dataset_revision)
+        test = _tokenise(_load(pinned, config.dataset_test_split)[0], templates, config, tokenizer)
         train, heldout = _examples(whole, usable), _examples(test, np.flatnonzero(_column(test, "num_targets")))
     counts = _count(whole, train, heldout)
     if len(train) == 0:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -53,21 +53,19 @@ def base_commit(config: Config) -> str | None:
     return extract_commit_hash(file, None)
 
 
-def base_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """`dtype`, else float32 on CPU, bfloat16 on a GPU that computes in it, float16 on an older one."""
-    if config.dtype is not None:
-        dtype: torch.dtype = getattr(torch, config.dtype)
-        return dtype
+def base_dtype(device: torch.device, precision: str = "no") -> Literal["float32", "bfloat16", "float16"]:
+    """Where the config names none: float32 on CPU; on a GPU bfloat16, or float16 if that is its precision."""
     if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return "float32"
+    bf16 = precision != "fp16" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if bf16 else "float16"
 
 
 def load_base(config: Config, device: torch.device) -> PreTrainedModel:
     """The base in one dtype on one device, quantised if asked: safetensors only, no code of its repository, no token.
 
     Raises: ConfigError for a folder, HubError for a Hub id."""
-    dtype = base_dtype(config, device)
+    dtype: torch.dtype = getattr(torch, config.dtype or base_dtype(device))
     bits = 4 if config.load_in_4bit else 8 if config.load_in_8bit else 16
     with _clear_errors(config, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
 from transformers import BitsAndBytesConfig
 
@@ -21,13 +21,16 @@ def quantization_config(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | N
 
 
 def keep_trainable(model: nn.Module) -> None:
-    """Stop 4-bit modules from repacking their weights in the first forward without gradients.
+    """Stop quantised modules from changing themselves in a forward, as those of bitsandbytes 0.50 do.
 
-    bitsandbytes 0.50 does so on CPUs with avx512_bf16. Backward cannot read that form: after an evaluation Llama
-    would train without any gradient, and without an error."""
+    4 bits, on CPUs with avx512_bf16: the first forward without gradients repacks the weights into a form that
+    backward cannot read. After an evaluation Llama would train without any gradient, and without an error.
+    8 bits: each forward casts the bias, for good, to the dtype of its input, which under autocast is another."""
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+        elif isinstance(module, Linear8bitLt) and module.bias is not None:
+            module.register_forward_pre_hook(lambda own, inputs: (inputs[0].to(own.bias.dtype),))
 
 
 def num_parameters(parameter: nn.Parameter) -> int:

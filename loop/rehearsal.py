@@ -1,4 +1,4 @@
-"""Before step 0: does the largest micro-batch of the run fit, does every tensor learn, are these the model's logits?"""
+"""Before step 0: do the largest micro-batches of the run fit, and does every tensor get a gradient?"""
 
 import dataclasses
 import math
@@ -12,21 +12,17 @@ from loop.checkpoint import Checkpoint
 from loop.collate import collate
 from loop.data import Examples
 from loop.errors import EnvironmentFault
-from loop.loss import check_head
 from loop.memory import is_out_of_memory
 from loop.model import gradients
 from loop.run import Run
+from loop.steps import Steps
 
 
-def rehearse(run: Run, checkpoint: Checkpoint | None) -> tuple[Run, list[str]]:
-    """Returns the run, with `micro_batch_tokens: auto` resolved, and a notice where the model's own logits are used.
+def rehearse(run: Run, checkpoint: Checkpoint | None) -> Run:
+    """Returns the run, with `micro_batch_tokens: auto` resolved.
 
     Leaves no other trace: gradients are dropped, and dropout is seeded anew for each micro-batch of a step.
-    Raises: LoopError by the tensor's name; whatever the largest micro-batch raises."""
-    exact = run.accelerator.mixed_precision == "no" and next(run.loss.parameters()).dtype.itemsize >= 4
-    first = collate(run.data.train.read(np.array([0])), run.steps.pad_token_id).to(run.accelerator.device)
-    difference = check_head(run.loss.eval(), first, tolerance=1e-4 if exact else 1e-2)
-    run.loss.train()
+    Raises: LoopError by the tensor's name; whatever the largest micro-batches raise."""
     if run.config.micro_batch_tokens == "auto":
         before = checkpoint.environment.get("micro_batch_tokens") if checkpoint else None
         found: dict[str, Any] = {"micro_batch_tokens": largest_that_fits(run, before)}
@@ -34,18 +30,17 @@ def rehearse(run: Run, checkpoint: Checkpoint | None) -> tuple[Run, list[str]]:
         run = dataclasses.replace(run, config=config, steps=steps, environment={**run.environment, **found})
     else:
         forward_and_backward(run, run.steps.micro_batch_tokens)
-    words = f"head(hidden) is {difference:.1%} off this model's own loss: its own logits are used, at their memory"
-    return run, [words] if run.loss.whole_model else []
+    return run
 
 
 def forward_and_backward(run: Run, micro_batch_tokens: int) -> None:
-    """The largest micro-batch of the run, once, beside as much memory as the optimizer and the sum will need."""
+    """The largest micro-batches of the run, once, beside as much memory as the optimizer and the sum will need."""
     trained = sum(parameter.numel() for parameter in run.parameters.values())
     room = torch.empty(4 * trained, device=run.accelerator.device)  # two moments, the flat gradient and its copy
-    batch = largest_batch(run.data.train, micro_batch_tokens, run.steps.global_batch_size, run.steps.pad_token_id)
-    run.accelerator.backward(run.loss(batch.to(run.accelerator.device)))
-    gradients(run.parameters)
-    run.optimizer.zero_grad(set_to_none=True)
+    for batch in largest_batches(run.data.train, micro_batch_tokens, run.steps):
+        run.accelerator.backward(run.loss(batch.to(run.accelerator.device)))
+        gradients(run.parameters)
+        run.optimizer.zero_grad(set_to_none=True)
     del room
 
 
@@ -74,10 +69,13 @@ def largest_that_fits(run: Run, first: int | None) -> int:
     )
 
 
-def largest_batch(examples: Examples, micro_batch_tokens: int, global_batch_size: int, pad_token_id: int) -> Batch:
-    """Rows of neighbouring lengths that fill one forward most: no micro-batch of training has more padded tokens."""
-    longest_first = np.argsort(-examples.lengths, kind="stable")
+def largest_batches(examples: Examples, micro_batch_tokens: int, steps: Steps) -> list[Batch]:
+    """The widest micro-batch that training may meet, and the one with most padded tokens.
+
+    What a layer keeps grows with the tokens, what eager attention keeps with the square of the width."""
+    repeats = 1 + math.ceil(steps.global_batch_size / len(examples)) if steps.positions > len(examples) else 1
+    longest_first = np.repeat(np.argsort(-examples.lengths, kind="stable"), repeats)  # a step may straddle epochs
     widths = examples.lengths[longest_first]
-    rows = np.minimum(np.minimum(micro_batch_tokens // widths, global_batch_size), np.arange(len(widths), 0, -1))
-    start = int(np.argmax(rows * widths))
-    return collate(examples.read(longest_first[start : start + rows[start]]), pad_token_id)
+    rows = np.minimum(np.minimum(micro_batch_tokens // widths, steps.global_batch_size), np.arange(len(widths), 0, -1))
+    starts = sorted({0, int(np.argmax(rows * widths))})
+    return [collate(examples.read(longest_first[at : at + rows[at]]), steps.pad_token_id) for at in starts]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
@@ -12,12 +13,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from loop.batch import Batch
 from loop.checkpoint import serialise
+from loop.collate import collate
 from loop.config import Config
 from loop.data import Data, load_data
 from loop.errors import ConfigError, DataError, LoopError
 from loop.files import canonical_json, prepare_folder, sha256
-from loop.loss import SummedLoss
+from loop.loss import SummedLoss, check_head
 from loop.loss_scale import START, LossScale
 from loop.model import (
     adapter_parameters,
@@ -80,7 +83,8 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
     if not sys.stderr.isatty() or not accelerator.is_main_process:
         disable_progress_bar()
     asked, precision = config, accelerator.mixed_precision
-    if precision != "fp16" and base_dtype(config, accelerator.device) == torch.float16:
+    config = replace(config, dtype=config.dtype or base_dtype(accelerator.device, precision))
+    if precision != "fp16" and config.dtype == "float16":
         raise ConfigError("dtype: float16 needs mixed_precision: fp16, as in launch_configs/one_gpu_fp16.yaml")
     # From here on the commits, not the branches, so that all files are of one state and config.yaml names it.
     config = replace(config, model_revision=base_commit(config) or config.model_revision)
@@ -90,13 +94,14 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
     config = replace(config, dataset_revision=data.commit or config.dataset_revision)
     model = add_adapter(load_base(config, accelerator.device), config)
     _check_rows_fit(data, model)
-    # evaluation_mode: device and autocast, no DDP, whose buckets would make a resume on 3 processes inexact.
-    loss = accelerator.prepare_model(SummedLoss(model, causal_lm_of(model)), evaluation_mode=True).train()
+    pad_token_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    loss = _prepare_loss(accelerator, model, collate(data.train.read(np.array([0])), pad_token_id))
     parameters = adapter_parameters(model)
-    identity = _identity(config, accelerator, data, model)
+    identity = {**_identity(config, accelerator, data, model), "own_logits": loss.whole_model}
     here = {**environment(accelerator), **config.with_resume("announced")}
     knobs = {**config.with_resume("announced", "free"), "output_dir": None}
-    facts = {"identity": identity, "knobs": knobs, "versions": [here["versions"], here["source_sha256"]]}
+    facts = {"identity": identity, "knobs": knobs, "device": here["device"]}
+    facts["versions"] = [here["versions"], here["source_sha256"]]
     compare_processes(accelerator, {**facts, "adapter at the start": sha256(serialise(dict(parameters)))})
     positions = num_positions(len(data.train), config.num_train_epochs, config.max_steps, config.global_batch_size)
     steps = Steps(
@@ -105,7 +110,7 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
         global_batch_size=config.global_batch_size,
         micro_batch_tokens=0 if config.micro_batch_tokens == "auto" else config.micro_batch_tokens,
         seed=config.seed,
-        pad_token_id=next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0),
+        pad_token_id=pad_token_id,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
@@ -117,6 +122,15 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
     if warmup(config, run.num_steps) > run.num_steps:
         raise ConfigError(f"warmup_steps: {config.warmup_steps:g} is longer than the run of {run.num_steps} steps")
     return run
+
+
+def _prepare_loss(accelerator: Accelerator, model: PeftModel, row: Batch) -> SummedLoss:
+    """The one prepared module; a real row, before any training, shows whether head(hidden) is this model's logits."""
+    # evaluation_mode: device and autocast, no DDP, whose buckets would make a resume on 3 processes inexact.
+    loss: SummedLoss = accelerator.prepare_model(SummedLoss(model, causal_lm_of(model)), evaluation_mode=True)
+    exact = accelerator.mixed_precision == "no" and next(loss.parameters()).dtype.itemsize >= 4
+    check_head(loss.eval(), row.to(accelerator.device), tolerance=1e-4 if exact else 1e-2)
+    return loss.train()
 
 
 def _check_rows_fit(data: Data, model: PeftModel) -> None:
@@ -159,6 +173,7 @@ def describe(run: Run) -> list[str]:
     config, counts, trained, accelerator = run.config, run.data.counts, census(run.model), run.accelerator
     dropped = counts["dropped_without_target"] + counts["dropped_too_long"]
     numbers = f"{trained['trained_parameters']:,} of {trained['all_parameters']:,} parameters"
+    logits = ", its own logits at their memory: head(hidden) is not them" if run.loss.whole_model else ""
     share = trained["trained_parameters"] / trained["all_parameters"]
     epochs = run.steps.positions / len(run.data.train)
     fate = f"{dropped:,} dropped, {counts['truncated']:,} truncated, {counts['duplicate_train_rows']:,} duplicates"
@@ -169,7 +184,7 @@ def describe(run: Run) -> list[str]:
         f"data   {_public_name(config.dataset_name)} as {' -> '.join(run.data.templates)!r}: {rows}, "
         f"{len(run.data.heldout):,} held out, {fate}",
         f"model  {_public_name(config.model_name_or_path)}: frozen in {', '.join(trained['base_dtypes'])}, "
-        f"checksum {run.identity['base_checksum'][:12]}",
+        f"checksum {run.identity['base_checksum'][:12]}{logits}",
         f"LoRA   r={config.lora_r} on {', '.join(trained['target_modules'])}: trains {numbers} ({share:.3%})",
         f"steps  {run.num_steps:,} of {config.global_batch_size} rows, {epochs:.2f} epochs; {accelerator.device.type}, "
         f"{accelerator.num_processes} x {torch.get_num_threads()} threads, precision {accelerator.mixed_precision}",

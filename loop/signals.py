@@ -2,6 +2,8 @@
 
 import os
 import signal
+import stat
+import sys
 import threading
 from types import FrameType
 from typing import Any
@@ -22,8 +24,8 @@ class Signals:
         self._noted: set[int] = set()
         self._deferred = False
         self._previous: dict[int, Any] = {}
-        # accelerate launch sets this variable, whatever the precision.
-        self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+        # accelerate launch always sets this variable, and nobody else does.
+        self._launcher = os.getppid() if "ACCELERATE_DYNAMO_BACKEND" in os.environ else None
 
     def __enter__(self) -> "Signals":
         for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
@@ -48,16 +50,29 @@ class Signals:
     def asked(self, heard: list[float]) -> tuple[int, bool]:
         """Of the summed flags: the signal that ends the run, or 0, and whether to save a checkpoint now."""
         stops = [number for number, count in zip(SIGNALS[:-1], heard) if count > 0]
-        self._noted.discard(signal.SIGUSR1)
+        if heard[-1] > 0:  # one that came after the flags were taken waits for the next step
+            self._noted.discard(signal.SIGUSR1)
         return max(stops, default=0), heard[-1] > 0
 
     def _catch(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and number in self._noted:
+            if hasattr(sys, "ps1"):  # a notebook: its kernel lives on
+                raise KeyboardInterrupt
             os.write(2, b"error: interrupted twice, left at once; the last checkpoint is intact\n")
             os._exit(128 + number)
         self._noted.add(number)
+        name = signal.Signals(number).name
         if number != signal.SIGUSR1 and not self._deferred:
-            raise Stopped(number, f"{signal.Signals(number).name} before the first step; nothing was trained or saved")
-        if os.environ.get("RANK", "0") == "0":
-            what = "saving" if number == signal.SIGUSR1 else "stopping"
-            os.write(2, f"\n{signal.Signals(number).name}: {what} after this step\n".encode())
+            raise Stopped(number, f"{name} before the first step of this session: it trained and saved nothing")
+        what = "saving" if number == signal.SIGUSR1 else "stopping"
+        _tell(f"\n{name}: {what} after this step\n" if os.environ.get("RANK", "0") == "0" else "")
+
+
+def _tell(text: str) -> None:
+    """Write to the terminal; if that is gone, no later line shall fail because of it."""
+    try:
+        os.write(2, text.encode())
+    except OSError:
+        for output in (1, 2):
+            if stat.S_ISCHR(os.fstat(output).st_mode):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), output)

@@ -51,7 +51,7 @@ def optimizer_step(run: Run, step: Step, rate: float, signals: Signals) -> tuple
         gradient = flat[: -len(behind)] / run.loss_scale.value
         grad_norm = torch.linalg.vector_norm(gradient)
         norm, mean_loss, *heard = torch.cat([grad_norm.view(1), flat[-len(behind) :]]).tolist()  # the one sync
-        accepted = run.loss_scale.accepts(norm)
+        accepted = not math.isfinite(mean_loss) or run.loss_scale.accepts(norm)
 
     # 3. Update: refuse what is not finite before anything moves; clip; step.
     if not (math.isfinite(mean_loss) and math.isfinite(norm)):
@@ -95,10 +95,10 @@ def train_run(run: Run, signals: Signals, sources: dict[str, str], notices: list
         restore(run, checkpoint)
         if checkpoint.step == run.num_steps:
             return finish(run)
-    run, heads = rehearse(run, checkpoint)
+    run = rehearse(run, checkpoint)
     first = checkpoint.step if checkpoint else 0
     last = min(run.num_steps, first + (config.stop_after_steps or run.num_steps))
-    for notice in [*notices, *passed_over, *heads, *unpinned(run.asked, run.config)]:
+    for notice in [*notices, *passed_over, *unpinned(run.asked, run.config)]:
         accelerator.print(notice)
     record = open_record(run, checkpoint, sources) if accelerator.is_main_process else None
     if checkpoint is None:

@@ -3,12 +3,14 @@
 import os
 import tempfile
 
-# Before torch and the Hub's libraries are imported: they read these once. Forked runs share this process's cache.
-CACHE = os.environ.get("LOOP_TESTS_CACHE") or tempfile.mkdtemp(prefix="loop-tests-")
+# Before torch and the Hub's libraries are imported: they read these once. A worker of pytest has a cache of its own,
+# and the runs that it forks share it.
+os.environ.setdefault(
+    "LOOP_TESTS_CACHE_" + os.environ.get("PYTEST_XDIST_WORKER", ""), tempfile.mkdtemp(prefix="loop-tests-")
+)
 os.environ.update(
     OMP_NUM_THREADS="1",
-    LOOP_TESTS_CACHE=CACHE,
-    HF_HOME=CACHE,
+    HF_HOME=os.environ["LOOP_TESTS_CACHE_" + os.environ.get("PYTEST_XDIST_WORKER", "")],
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
     COLUMNS="200",

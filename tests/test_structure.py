@@ -29,7 +29,7 @@ OWNERS = {  # outside package -> the only files that may import it
     "huggingface_hub": set(),
     "tqdm": {"record"},
 }
-LIMITS = {"optimizer_step": 45, "train.py": 300, "any function": 60, "reached from train.py": 2000}
+LIMITS = {"optimizer_step": 45, "train.py": 300, "any function": 60, "reached from train.py": 2050}
 
 
 def tree(module: str) -> ast.Module:
