@@ -290,6 +290,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "eval_fraction: given together with dataset_test_split; choose one"
     if config.load_in_4bit and config.load_in_8bit:
         yield "load_in_4bit, load_in_8bit: both are given; choose one"
+    if config.use_dora and config.load_in_8bit:
+        yield "use_dora: with load_in_8bit PEFT 0.21 loses the scales of the base; write load_in_4bit"
     if config.dtype == "float64" and (config.load_in_4bit or config.load_in_8bit):
         yield "dtype: float64 with a quantised base, which computes in float32 or less"
 

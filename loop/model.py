@@ -156,6 +156,11 @@ def gradients(parameters: dict[str, nn.Parameter]) -> list[Tensor]:
     return [parameter.grad.flatten() for parameter in parameters.values() if parameter.grad is not None]
 
 
+def frozen_layout(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of every frozen tensor: what no forward may change, and a quantised module might."""
+    return {name: (p.shape, p.dtype) for name, p in model.named_parameters() if not p.requires_grad}
+
+
 def restore_adapter(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
     """Copy saved tensors into the adapter, all or none. Raises: CheckpointError by name."""
     shapes = {name: (parameter.shape, parameter.dtype) for name, parameter in parameters.items()}

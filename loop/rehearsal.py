@@ -70,12 +70,13 @@ def largest_that_fits(run: Run, first: int | None) -> int:
 
 
 def largest_batches(examples: Examples, micro_batch_tokens: int, steps: Steps) -> list[Batch]:
-    """The widest micro-batch that training may meet, and the one with most padded tokens.
+    """The widest micro-batch that training may meet, and those with most padded tokens and largest attention.
 
-    What a layer keeps grows with the tokens, what eager attention keeps with the square of the width."""
+    What a layer keeps grows with the tokens, what eager attention keeps with the rows and the square of the width."""
     repeats = 1 + math.ceil(steps.global_batch_size / len(examples)) if steps.positions > len(examples) else 1
     longest_first = np.repeat(np.argsort(-examples.lengths, kind="stable"), repeats)  # a step may straddle epochs
     widths = examples.lengths[longest_first]
     rows = np.minimum(np.minimum(micro_batch_tokens // widths, steps.global_batch_size), np.arange(len(widths), 0, -1))
-    starts = sorted({0, int(np.argmax(rows * widths))})
+    widths = widths.astype(np.int64)
+    starts = sorted({0, int(np.argmax(rows * widths)), int(np.argmax(rows * widths**2))})
     return [collate(examples.read(longest_first[at : at + rows[at]]), steps.pad_token_id) for at in starts]

@@ -31,6 +31,7 @@ from loop.model import (
     base_dtype,
     causal_lm_of,
     census,
+    frozen_layout,
     load_base,
     load_tokenizer,
 )
@@ -57,6 +58,7 @@ class Run:
     steps: Steps
     identity: dict[str, Any]
     """What may not change in a resume; its sha256 is the ledger's first `prev`."""
+    layout: dict[str, tuple[torch.Size, torch.dtype]]  # of the frozen tensors
     environment: dict[str, Any]
     """What may, and then is not bit-exact: versions, processes, threads, device, the cut. As they were at the start."""
 
@@ -98,10 +100,10 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
     loss = _prepare_loss(accelerator, model, collate(data.train.read(np.array([0])), pad_token_id))
     parameters = adapter_parameters(model)
     identity = {**_identity(config, accelerator, data, model), "own_logits": loss.whole_model}
-    here = {**environment(accelerator), **config.with_resume("announced")}
+    env = {**environment(accelerator), **config.with_resume("announced")}
     knobs = {**config.with_resume("announced", "free"), "output_dir": None}
-    facts = {"identity": identity, "knobs": knobs, "device": here["device"]}
-    facts["versions"] = [here["versions"], here["source_sha256"]]
+    facts = {"identity": identity, "knobs": knobs, "device": env["device"]}
+    facts["versions"] = [env["versions"], env["source_sha256"]]
     compare_processes(accelerator, {**facts, "adapter at the start": sha256(serialise(dict(parameters)))})
     positions = num_positions(len(data.train), config.num_train_epochs, config.max_steps, config.global_batch_size)
     steps = Steps(
@@ -116,9 +118,11 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
     )
     optimizer = adamw(parameters.values(), config)
     scale = LossScale(True, START) if precision == "fp16" else LossScale(False)
+    layout = frozen_layout(model)
     run = Run(
-        config, asked, accelerator, tokenizer, data, model, loss, scale, parameters, optimizer, steps, identity, here
-    )
+        config, asked, accelerator, tokenizer, data, model, loss, scale, parameters, optimizer, steps,
+        identity, layout, env,
+    )  # fmt: skip
     if warmup(config, run.num_steps) > run.num_steps:
         raise ConfigError(f"warmup_steps: {config.warmup_steps:g} is longer than the run of {run.num_steps} steps")
     return run

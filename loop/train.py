@@ -16,7 +16,7 @@ from loop.files import differences, lock_folder, replace_file
 from loop.heldout import heldout_loss
 from loop.launch import launched_processes, make_accelerator, run_command
 from loop.ledger import LedgerPosition
-from loop.model import adapter_config_json, gradients, restore_adapter
+from loop.model import adapter_config_json, frozen_layout, gradients, restore_adapter
 from loop.optim import learning_rate, optimizer_tensors, restore_optimizer
 from loop.record import Record, open_session
 from loop.rehearsal import rehearse
@@ -147,11 +147,16 @@ def open_record(run: Run, checkpoint: Checkpoint | None, sources: dict[str, str]
 
 
 def evaluate(run: Run, record: Record | None, updates: int) -> None:
-    """Take the held-out loss after `updates` updates, on all processes, if rows were held out."""
+    """Take the held-out loss after `updates` updates, on all processes, if rows were held out.
+
+    Raises: NonFiniteError by name if a forward without gradients has changed a frozen tensor, which would be silent."""
     if len(run.data.heldout) > 0:
         loss = heldout_loss(run.accelerator, run.loss, run.data.heldout, run.steps)
         if record is not None:
             record.evaluation(updates, loss, run.data.counts["heldout_target_tokens"])
+    changed = [name for name, found in frozen_layout(run.model).items() if found != run.layout[name]]
+    if changed:
+        raise NonFiniteError(f"{changed[0]}: its shape or dtype changed in a forward; gradients would be wrong or lost")
 
 
 def save(run: Run, record: Record, step: int) -> None:
