@@ -30,7 +30,7 @@ class LossScale:
             self.value, self.finite_steps, self.halvings = self.value / 2, 0, self.halvings + 1
             return False
         self.finite_steps, self.halvings = self.finite_steps + 1, 0
-        if self.dynamic and self.finite_steps == GROW_AFTER:
+        if self.dynamic and self.finite_steps >= GROW_AFTER and self.value < 2.0**127:  # float32 ends there
             self.value, self.finite_steps = self.value * 2, 0
         return True
 
@@ -44,4 +44,5 @@ class LossScale:
         if self.dynamic:
             if "loss_scale" not in tensors:
                 raise CheckpointError("optimizer.safetensors: loss_scale is missing")
-            self.value, self.finite_steps = tensors.pop("loss_scale").tolist()
+            value, finite_steps = tensors.pop("loss_scale").tolist()
+            self.value, self.finite_steps = value, int(finite_steps)

@@ -97,7 +97,8 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
     model = add_adapter(load_base(config, accelerator.device), config)
     _check_rows_fit(data, model)
     pad_token_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    loss = _prepare_loss(accelerator, model, collate(data.train.read(np.array([0])), pad_token_id))
+    shortest = data.train.read(np.array([data.train.lengths.argmin()]))  # the model's own logits are of every token
+    loss = _prepare_loss(accelerator, model, collate(shortest, pad_token_id))
     parameters = adapter_parameters(model)
     identity = {**_identity(config, accelerator, data, model), "own_logits": loss.whole_model}
     env = {**environment(accelerator), **config.with_resume("announced")}
