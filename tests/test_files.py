@@ -1,7 +1,11 @@
 import errno
+import fcntl
+import multiprocessing
 import os
 import resource
+import shutil
 import signal
+import socket
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +21,7 @@ from loop.files import (
     canonical_json,
     commit_folder,
     differences,
+    lock_folder,
     prepare_folder,
     read_canonical_json,
     read_regular_file,
@@ -24,6 +29,9 @@ from loop.files import (
     replace_file,
     sha256,
 )
+from tests.conftest import flags
+from tests.processes import run, start, wait_until
+from tests.test_train import assert_same_run, size
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text('aé\n"\\☃'),
@@ -364,6 +372,151 @@ def test_a_folder_that_cannot_flush_or_rename_is_refused(disk: Disk, tmp_path: P
     disk.fail = lambda call, name: call == failing
     with pytest.raises(EnvironmentFault, match="No space left on device; expected a writable folder"):
         prepare_folder(tmp_path)
+
+
+# The lock of a run
+
+
+def test_a_held_folder_is_refused_at_once_and_the_refusal_names_the_holder(tmp_path: Path) -> None:
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    with lock_folder(tmp_path / "a" / "run") as notice:
+        assert notice is None
+        with within(1), pytest.raises(EnvironmentFault) as refused, lock_folder(tmp_path / "a" / "run"):
+            pass
+        assert tree(tmp_path) == {"a/run/.lock": holder.encode()}  # the refusal has changed nothing
+    assert refused.value.exit_code == 5
+    said = f"output_dir: {tmp_path}/a/run is written to by {holder}; wait for it or stop it"
+    assert str(refused.value) == said
+
+
+def test_a_folder_that_was_let_go_of_is_taken_without_a_word(tmp_path: Path) -> None:
+    for _ in range(2):
+        with lock_folder(tmp_path) as notice:
+            assert notice is None
+        assert tree(tmp_path) == {".lock": b""}
+    with pytest.raises(ValueError, match="inside"), lock_folder(tmp_path):
+        raise ValueError("inside")
+    assert tree(tmp_path) == {".lock": b""}
+
+
+@pytest.mark.parametrize(
+    ("left", "holder"),
+    [
+        (b"process 4711 on elsewhere", "process 4711 on elsewhere"),
+        ("process 1 on bücher".encode(), "process 1 on bücher"),
+        (b"process 1 on b\xfccher", "process 1 on b\ufffdcher"),  # what a crash of the machine left may be anything
+    ],
+)
+def test_a_holder_that_died_is_named_to_the_next_one(tmp_path: Path, left: bytes, holder: str) -> None:
+    (tmp_path / ".lock").write_bytes(left)
+    with lock_folder(tmp_path) as notice:
+        assert notice == f"{holder} ended without letting go of {tmp_path}: taken over"
+        assert tree(tmp_path) == {".lock": f"process {os.getpid()} on {socket.gethostname()}".encode()}
+    assert tree(tmp_path) == {".lock": b""}
+
+
+def test_a_holder_that_has_not_yet_written_its_name_is_refused_too(tmp_path: Path) -> None:
+    with (tmp_path / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(EnvironmentFault, match="is written to by another run; wait"), lock_folder(tmp_path):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("code", "said"), [(errno.ENOLCK, "No locks available"), (errno.EOPNOTSUPP, "Operation not supported")]
+)
+def test_a_file_system_without_locks_is_refused_and_not_taken_for_a_held_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, said: str
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(EnvironmentFault, match=rf"cannot be locked: {said}; use another$"), lock_folder(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("place", ["file", "file/run", "folder"])
+def test_a_folder_that_cannot_take_a_lock_file_is_refused_by_name(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_bytes(b"1")
+    (tmp_path / "folder" / ".lock").mkdir(parents=True)
+    with (
+        pytest.raises(EnvironmentFault, match=rf"^output_dir: .*/{place}: .*; expected a writable folder$") as refused,
+        lock_folder(tmp_path / place),
+    ):
+        pass
+    assert refused.value.exit_code == 5
+    assert tree(tmp_path) == {"file": b"1"}
+
+
+# The lock between real runs
+
+
+@pytest.fixture(scope="module")
+def knobs(bloom: Path, ragged: Path) -> dict[str, Any]:
+    return {
+        "model_name_or_path": bloom, "dataset_name": ragged, "max_length": 128, "micro_batch_tokens": 256,
+        "global_batch_size": 8, "max_steps": 60, "learning_rate": 0.01, "lora_r": 4,
+        "lora_target_modules": "all-linear", "save_steps": 5,
+    }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_run_outlives_its_test() -> Iterator[None]:
+    """A test that fails leaves a run behind; pytest would wait for it at the end."""
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
+
+
+@pytest.mark.runs
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_second_start_is_refused_with_the_firsts_name_and_after_a_kill_the_next_takes_over(
+    num_processes: int, knobs: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    argv = flags({**knobs, "output_dir": folder})
+    first = start(argv, tmp_path / "first", num_processes)
+    assert wait_until(lambda: size(folder / "ledger.jsonl") > 0, first), first.text()
+    holder = f"process {first.processes[0].pid} on {socket.gethostname()}"
+    for process in first.processes:  # as slow as it takes: the second start finds it at work
+        os.kill(process.pid or 0, signal.SIGSTOP)
+    second = start(argv, tmp_path / "second", num_processes)
+    assert second.wait(60) == ([5] if num_processes == 1 else [5, 1]), second.text()
+    said = [line for line in second.text().splitlines() if line.startswith("error: ")]
+    assert said[0] == f"error: output_dir: {folder} is written to by {holder}; wait for it or stop it"
+    assert said[1:] == ["error: another process ended; its own message says why"] * (num_processes - 1)
+    assert "Traceback" not in second.text()
+    assert (folder / ".lock").read_text() == holder
+    first.kill()
+    third = run(argv, tmp_path / "third", num_processes)
+    assert third.text().count(f"{holder} ended without letting go of {folder}: taken over") == 1
+    assert third.text().count("taken over") == 1
+    assert (folder / ".lock").read_bytes() == b""
+    assert "taken over" not in run(argv, tmp_path / "fourth", num_processes).text()
+    straight = {**knobs, "output_dir": tmp_path / "straight"}
+    run(flags(straight), tmp_path / "log", num_processes)
+    assert_same_run(folder, tmp_path / "straight")
+
+
+@pytest.mark.runs
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_run_whose_folder_is_removed_ends_at_its_next_save_and_makes_no_new_one(
+    num_processes: int, knobs: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    argv = flags({**knobs, "output_dir": folder, "max_steps": 100_000, "save_steps": 20})
+    launched = start(argv, tmp_path / "log", num_processes)
+    saved, ledger = folder / "checkpoints" / "step-000020", folder / "ledger.jsonl"
+    assert wait_until(lambda: saved.exists() and ledger.read_bytes().count(b"\n") > 20, launched), launched.text()
+    folder.rename(tmp_path / "going")  # so that no save falls into the middle
+    shutil.rmtree(tmp_path / "going")
+    assert launched.wait(60) == ([5] if num_processes == 1 else [5, 1]), launched.text()
+    said = [line for line in launched.text().splitlines() if line.startswith("error: ")]
+    assert said[0].endswith("not written: No such file or directory; what was saved before is intact")
+    assert "Traceback" not in launched.text()
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(
