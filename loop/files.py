@@ -123,7 +123,7 @@ def lock_folder(folder: Path) -> Iterator[str | None]:
     notice where the last holder died holding it. Raises: EnvironmentFault at once if it is held, or cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a+")
+        file = (folder / ".lock").open("a+", encoding="utf-8", errors="replace")
     except OSError as error:
         raise EnvironmentFault(f"output_dir: {folder}: {error.strerror}; expected a writable folder") from error
     with file:

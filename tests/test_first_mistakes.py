@@ -770,7 +770,8 @@ def stage(
 @pytest.fixture(scope="module")
 def launched(stage: Stage, request: pytest.FixtureRequest) -> Iterator[Callable[[Mistake, str], Outcome]]:
     """Plays all rows that the chosen tests need in processes of their own, three at a time, while the tests go on."""
-    asked = [item for item in request.session.items if "launched" in getattr(item, "fixturenames", ())]
+    here = [item for item in request.session.items if item.path == request.path]
+    asked = [item for item in here if "launched" in getattr(item, "fixturenames", ())]
     pool, played = ThreadPoolExecutor(3), dict[tuple[str, str], Future[Outcome]]()
     for item in asked:
         mistake, how = (item.callspec.params[name] for name in ("mistake", "how"))  # type: ignore[attr-defined]

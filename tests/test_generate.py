@@ -262,8 +262,9 @@ def test_base_of_a_run_is_the_commit_that_was_trained_on(trained: Path) -> None:
 @pytest.mark.parametrize(
     ("default", "asked", "dtype", "in_4bit"),
     [
-        ("dtype: null", "dtype: null", torch.float32, False),
-        ("dtype: null", "dtype: float64", torch.float64, False),
+        ("dtype: float32", "dtype: float32", torch.float32, False),
+        ("dtype: float32", "dtype: null", torch.float32, False),
+        ("dtype: float32", "dtype: float64", torch.float64, False),
         ("load_in_4bit: false", "load_in_4bit: true", torch.float32, True),
     ],
 )
@@ -343,7 +344,9 @@ def test_name_that_is_nothing_is_refused(
     assert generate(lonely, "--prompt", "a") == (2, "", f"error: {lonely}: {words}\n")
     code, out, err = generate("nobody/nothing", "--prompt", "a")
     assert (code, out) == (6, "")
-    assert err.splitlines()[-1].endswith("or a Hub id that is online or downloaded before: hf download nobody/nothing")
+    assert err.splitlines()[-1].endswith(
+        "or a Hub id that is online or downloaded before: hf download nobody/nothing, then HF_HUB_OFFLINE=1"
+    )
 
 
 def test_prompt_is_refused_before_the_base_is_loaded(generate: Generate, tokenizer_folder: Path) -> None:

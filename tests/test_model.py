@@ -333,7 +333,7 @@ def test_base_checksum_is_that_of_the_base_before_any_adapter_was_added(
 
 
 @given(data=st.data())
-@examples(derandomize=True, max_examples=40)
+@examples(derandomize=True, max_examples=40, deadline=None)
 def test_one_flipped_bit_anywhere_changes_base_checksum(model: PeftModel, data: st.DataObject) -> None:
     before = base_checksum(model)
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}

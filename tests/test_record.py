@@ -218,7 +218,8 @@ def test_config_yaml_has_every_knob_as_used_and_who_set_it(
     run(argv, tmp_path / "log")
     text = (tmp_path / "run" / "config.yaml").read_text()
     values = yaml.safe_load(text)
-    assert Config(**values) == parse_command_line(argv).config
+    assert Config(**{**values, "dtype": None}) == parse_command_line(argv).config
+    assert values["dtype"] == "float32"  # what the run found where nothing was asked for
     who = {line.split(":")[0]: line.rsplit("# ", 1)[1] for line in text.splitlines()}
     assert (values["max_steps"], who["max_steps"]) == (1, "flag")  # the flag wins over the file
     assert (values["lora_r"], who["lora_r"]) == (4, "flag")

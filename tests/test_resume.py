@@ -378,7 +378,7 @@ def test_an_unknown_name_is_refused_with_those_there_are(half: Path, again: Agai
     code, text = again(half, resume_from_checkpoint=asked)
     assert (code, tree(half)) == (4, before), text
     assert f"resume_from_checkpoint: {asked} is not in " in text
-    assert "which holds step-000002, step-000004\n" in text
+    assert "which holds step-000002, step-000004; write auto, none or a checkpoint\n" in text
 
 
 def test_a_named_checkpoint_that_is_torn_is_refused_and_no_other_taken(half: Path, again: Again) -> None:

@@ -276,7 +276,7 @@ def test_second_run_in_the_same_folder_is_refused_with_five_and_harms_nothing(
     assert wait_until(lambda: size(ledger_file) > 0, first)
     second = start(flags(shared), tmp_path / "second")
     assert second.wait() == [5]
-    assert "another run is writing to" in second.text().strip().splitlines()[-1]
+    assert "is written to by process" in second.text().strip().splitlines()[-1]
     assert first.wait() == [0], first.text()
     assert_same_run(Path(shared["output_dir"]), Path(straight["output_dir"]))
 
