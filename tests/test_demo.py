@@ -1,8 +1,11 @@
 """The embedded default: a base that was really pretrained, quotes that it learns from, and a README that is true."""
 
+import hashlib
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +89,34 @@ def test_readme_shows_this_programs_losses_and_its_code_runs(
     assert shown == pytest.approx([losses[0], losses[-1]], abs=2e-3)
     (tmp_path / "loop").symlink_to(ROOT / "loop")
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    _, code = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     exec(code, {})
     assert capsys.readouterr().out.startswith("“A good tool")
+
+
+def test_ten_lines_of_python_train_and_give_the_same_again(tmp_path: Path) -> None:
+    code, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    (tmp_path / "loop").symlink_to(ROOT / "loop")
+    words = [sys.executable, "-W", "error::ResourceWarning", "-c", code]
+    said = []
+    for _ in range(2):
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=True)
+        said.append(done.stdout.strip().splitlines()[-1])
+    base, adapter, sha256 = said[0].split()
+    assert float(base) == pytest.approx(6.2732, abs=2e-3)
+    assert float(adapter) < 5
+    assert (
+        hashlib.sha256((tmp_path / "runs/python/adapter/adapter_model.safetensors").read_bytes()).hexdigest() == sha256
+    )
+    assert said[1] == said[0]
+    assert "# python\n" in (tmp_path / "runs" / "python" / "config.yaml").read_text()
+
+
+def test_train_of_the_package_is_the_function_whatever_was_imported_first() -> None:
+    first = "import loop.train, loop; from loop import Config, train; assert train is loop.train and callable(train)"
+    second = "from loop import train; from loop.train import main; import loop; assert loop.train is train"
+    for code in (first, second):
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, check=True)
 
 
 def test_snippet_of_the_audit_map_gives_the_rows_of_a_process() -> None:
