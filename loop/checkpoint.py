@@ -104,8 +104,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def prune_checkpoints(folder: Path, newest: Path, keep: int) -> None:
     """Remove the oldest, up to `newest`, until `keep` are left."""
-    checkpoints = list_checkpoints(folder)
-    for path in checkpoints[: max(0, checkpoints.index(newest) + 1 - keep)]:
+    older = [
+        path for path in list_checkpoints(folder) if (len(path.name), path.name) <= (len(newest.name), newest.name)
+    ]
+    for path in older[:-keep]:
         remove_folder(path)
 
 

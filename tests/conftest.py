@@ -17,6 +17,7 @@ os.environ.update(
 )
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ QUOTES = Path(__file__).parent.parent / "loop" / "demo" / "quotes.jsonl"
 DEMO_MODEL = Path(__file__).parent.parent / "loop" / "demo" / "model"
 VOCABULARY = 384
 
+for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) == signal.SIG_IGN:  # behind & or nohup; what the tests launch would inherit it
+        signal.signal(_number, _usual)
 torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
 

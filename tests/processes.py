@@ -87,6 +87,9 @@ def wait_until(happens: Callable[[], bool], launched: Launched, timeout: float =
 
 def _run(argv: list[str], environment: dict[str, str], log: str) -> None:
     os.setsid()
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):  # as a terminal gives them, nohup or not
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
