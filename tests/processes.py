@@ -9,10 +9,12 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+import pytest
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.conftest", "loop.train"])
@@ -72,6 +74,15 @@ def run(argv: list[str], log: Path, num_processes: int = 1, environment: dict[st
     codes = launched.wait()
     assert codes == [0] * num_processes, f"{codes}\n{launched.text()}"
     return launched
+
+
+@pytest.fixture(autouse=True)
+def no_run_outlives_its_test() -> Iterator[None]:
+    """A test that fails leaves a run behind; pytest would wait for it at the end."""
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
 
 
 def wait_until(happens: Callable[[], bool], launched: Launched, timeout: float = 60) -> bool:

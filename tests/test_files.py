@@ -1,6 +1,5 @@
 import errno
 import fcntl
-import multiprocessing
 import os
 import resource
 import shutil
@@ -30,8 +29,10 @@ from loop.files import (
     sha256,
 )
 from tests.conftest import flags
-from tests.processes import run, start, wait_until
+from tests.processes import no_run_outlives_its_test, run, start, wait_until
 from tests.test_train import assert_same_run, size
+
+__all__ = ["no_run_outlives_its_test"]  # an autouse fixture acts where it is imported
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text('aé\n"\\☃'),
@@ -459,15 +460,6 @@ def knobs(bloom: Path, ragged: Path) -> dict[str, Any]:
         "global_batch_size": 8, "max_steps": 60, "learning_rate": 0.01, "lora_r": 4,
         "lora_target_modules": "all-linear", "save_steps": 5,
     }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _no_run_outlives_its_test() -> Iterator[None]:
-    """A test that fails leaves a run behind; pytest would wait for it at the end."""
-    yield
-    for process in multiprocessing.active_children():
-        process.kill()
-        process.join()
 
 
 @pytest.mark.runs

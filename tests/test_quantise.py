@@ -27,7 +27,15 @@ from loop.train import evaluate, optimizer_step, train
 from tests.conftest import VOCABULARY, _save_model, bloom_config, flags
 from tests.processes import Launched, start, wait_until
 from tests.test_loss_scale import start_altered
-from tests.test_train import assert_same_run, ledger, reference_gradient, relative_difference, step_lines, texts
+from tests.test_train import (
+    assert_same_run,
+    ledger,
+    reference_gradient,
+    relative_difference,
+    step_lines,
+    texts,
+    transformers_loss,
+)
 
 Configs = Callable[..., Config]
 Settings = Callable[..., dict[str, Any]]
@@ -371,18 +379,10 @@ def test_the_adapter_loads_with_peft_on_the_same_quantised_base_and_gives_the_re
     tokenizer = AutoTokenizer.from_pretrained(bases[family])
     base = load_plainly(bases[family], bits)
 
-    def loss(model: nn.Module) -> float:
-        total, targets = 0.0, 0
-        for row in sorted(set(range(40)) - trained_on):
-            ids = (tokenizer(texts(ragged)[row])["input_ids"] + [tokenizer.eos_token_id])[:128]
-            with torch.no_grad():
-                mean = model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss
-            total, targets = total + float(mean) * (len(ids) - 1), targets + len(ids) - 1
-        return total / targets
-
-    assert loss(base.eval()) == pytest.approx(evaluations[0], rel=tolerance)
+    heldout = [texts(ragged)[row] for row in sorted(set(range(40)) - trained_on)]
+    assert transformers_loss(base.eval(), tokenizer, heldout) == pytest.approx(evaluations[0], rel=tolerance)
     adapted = PeftModel.from_pretrained(base, str(folder / "adapter")).eval()
-    assert loss(adapted) == pytest.approx(evaluations[-1], rel=tolerance)
+    assert transformers_loss(adapted, tokenizer, heldout) == pytest.approx(evaluations[-1], rel=tolerance)
 
 
 # The trap: on processors with avx512_bf16 a forward without gradients repacks nf4 weights

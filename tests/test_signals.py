@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -24,9 +23,11 @@ import torch
 from loop.errors import Stopped
 from loop.signals import Signals
 from tests.conftest import flags
-from tests.processes import Launched, run, start, wait_until
+from tests.processes import Launched, no_run_outlives_its_test, run, start, wait_until
 from tests.test_launcher import ROOT, launch_words, user_environment
 from tests.test_train import assert_same_run
+
+__all__ = ["no_run_outlives_its_test"]  # an autouse fixture acts where it is imported
 
 SIGHUP, SIGINT, SIGTERM, SIGUSR1 = signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 CPU = torch.device("cpu")
@@ -44,15 +45,6 @@ def _handlers_are_put_back() -> Iterator[None]:
     yield
     found = {number: signal.signal(number, handler) for number, handler in before.items()}
     assert found == given
-
-
-@pytest.fixture(autouse=True)
-def _no_run_outlives_its_test() -> Iterator[None]:
-    """A test that fails leaves a run behind; pytest would wait for it at the end."""
-    yield
-    for process in multiprocessing.active_children():
-        process.kill()
-        process.join()
 
 
 @pytest.mark.parametrize(

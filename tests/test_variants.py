@@ -17,7 +17,15 @@ from loop.train import train
 from tests.conftest import flags
 from tests.processes import Launched, start
 from tests.test_resume import outcome
-from tests.test_train import assert_same_run, ledger, reference_gradient, relative_difference, step_lines, texts
+from tests.test_train import (
+    assert_same_run,
+    ledger,
+    reference_gradient,
+    relative_difference,
+    step_lines,
+    texts,
+    transformers_loss,
+)
 
 Settings = Callable[..., dict[str, Any]]
 
@@ -220,10 +228,5 @@ def test_the_adapter_loads_with_peft_and_gives_the_reported_held_out_loss(
     tokenizer = AutoTokenizer.from_pretrained(bases[family])
     base = AutoModelForCausalLM.from_pretrained(bases[family])
     model = PeftModel.from_pretrained(base, str(folder / "adapter")).eval()
-    total, targets = 0.0, 0
-    for row in sorted(set(range(40)) - trained_on):
-        ids = (tokenizer(texts(ragged)[row])["input_ids"] + [tokenizer.eos_token_id])[:128]
-        with torch.no_grad():
-            mean = model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss
-        total, targets = total + float(mean) * (len(ids) - 1), targets + len(ids) - 1
-    assert total / targets == pytest.approx(reported, rel=1e-5)
+    heldout = [texts(ragged)[row] for row in sorted(set(range(40)) - trained_on)]
+    assert transformers_loss(model, tokenizer, heldout) == pytest.approx(reported, rel=1e-5)
