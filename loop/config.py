@@ -207,13 +207,15 @@ def find_recipe(name: str) -> Path:
     raise ConfigError(f"--config: no file and no recipe is named {name!r}; the recipes are {known}")
 
 
-class _Parser(argparse.ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
+    """argparse whose complaint is a ConfigError, and so one line and exit code 2."""
+
     def error(self, message: str) -> typing.NoReturn:
         raise ConfigError(f"{message}; --help lists the flags")
 
 
 def _parse_flags(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any], list[str]]:
-    parser = _Parser(prog="loop.train", description="LoRA for a causal LM.", allow_abbrev=False)
+    parser = CommandParser(prog="loop.train", description="LoRA for a causal LM.", allow_abbrev=False)
     parser.add_argument("--config", metavar="RECIPE", help="a YAML file, or the name of a recipe")
     parser.add_argument("--print_config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -223,7 +225,7 @@ def _parse_flags(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any], l
         optional: dict[str, Any] = {"nargs": "?", "const": "true"} if TYPES[name] is bool else {}
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar="VALUE", help=text, **optional)
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own takes -1e-4 for a flag
-    known, rest = parser.parse_known_args([_underscored(word) for word in argv])
+    known, rest = parser.parse_known_args([underscored(word) for word in argv])
     flags = {name: value for name, value in vars(known).items() if name in FIELDS}
     errors, unknown = [], iter(rest)
     for word in unknown:
@@ -235,7 +237,7 @@ def _parse_flags(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any], l
     return known, flags, errors
 
 
-def _underscored(word: str) -> str:
+def underscored(word: str) -> str:
     """`--learning-rate=1e-4` as `--learning_rate=1e-4`; values are left alone."""
     name, equals, value = word.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word

@@ -8,93 +8,18 @@ import argparse
 import io
 import json
 import sys
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from loop.checkpoint import list_checkpoints, read_checkpoint
-from loop.config import Config, parse_command_line
-from loop.errors import CheckpointError, ConfigError
-from loop.files import sha256
+from loop.config import CommandParser, underscored
+from loop.errors import ConfigError
 from loop.launch import run_command
-from loop.model import causal_lm_of, load_base, load_tokenizer
-from loop.record import read_run
-
-
-@dataclass(frozen=True)
-class Source:
-    """A base, and the folder of the adapter on it; without one, the base alone."""
-
-    config: Config
-    adapter: Path | None = None
-    adapter_sha256: str | None = None
-
-
-def find_source(name: str, base_only: bool) -> Source:
-    """What the command's first argument stands for. Raises: ConfigError; CheckpointError if no adapter verifies."""
-    folder, place = Path(name), Path(name).resolve()
-    runs = [folder]
-    runs += [place.parent] if place.name == "adapter" else []
-    runs += [place.parents[1]] if place.parent.name == "checkpoints" else []
-    run = next((run for run in runs if (run / "config.yaml").is_file()), None)
-    if run is not None:
-        config = parse_command_line(["--config", str(run / "config.yaml")]).config
-        commit = read_run(run / "run.json").get("base", {}).get("commit")  # of what was trained on: a branch moves on
-        config = replace(config, model_revision=commit or config.model_revision)
-        return Source(config) if base_only else Source(config, *find_adapter(run, folder))
-    if (folder / "adapter_config.json").is_file():
-        raise ConfigError(f"{name}: found an adapter without its run; expected RUN or RUN/checkpoints/step-N")
-    beside_runs = len(folder.parts) == 2 and any(folder.parent.glob("*/config.yaml"))
-    if not folder.exists() and (beside_runs or len(folder.parts) > 2 or name[:1] in ".~"):  # no Hub id, a slip
-        raise ConfigError(f"{name}: found no such folder; expected a run, a checkpoint in it, or a model")
-    return Source(Config(model_name_or_path=name, dataset_name="none", output_dir="none"))
-
-
-def find_adapter(run: Path, asked: Path) -> tuple[Path, str]:
-    """Folder and sha256 of the checkpoint asked for, else of the finished adapter, else of the newest checkpoint.
-
-    Raises: CheckpointError unless it is what its manifest, or for the finished one `run.json`, states."""
-    result, checkpoints = read_run(run / "run.json").get("result"), list_checkpoints(run / "checkpoints")
-    if asked.resolve().parent == run.resolve() / "checkpoints":
-        folder = asked
-    elif result is not None:
-        path, stated = run / "adapter" / "adapter_model.safetensors", result["adapter_sha256"]
-        found = sha256(path.read_bytes()) if path.is_file() else "no file"
-        if found != stated:
-            raise CheckpointError(
-                f"{path}: found {found}, run.json states sha256 {stated}; its training command restores it"
-            )
-        return path.parent, found
-    elif checkpoints:
-        folder = checkpoints[-1]
-        print(f"{run}: not finished; this is its newest checkpoint, {folder.name}", file=sys.stderr, flush=True)
-    else:
-        raise CheckpointError(f"{run}: found no finished adapter and no checkpoint; train it on, or give --base")
-    return folder, sha256(read_checkpoint(folder).adapter_files()["adapter_model.safetensors"])
-
-
-def load_model(source: Source) -> PreTrainedModel:
-    """The base, with the adapter in it, for inference. Raises: CheckpointError if they do not fit together."""
-    base = load_base(source.config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    base.eval()
-    if source.adapter is None:
-        return base
-    with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5.23 by a name that it has deprecated, and only warns of a missing tensor.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        warnings.filterwarnings("error", message="Found missing adapter keys", category=UserWarning)
-        try:
-            return causal_lm_of(PeftModel.from_pretrained(base, source.adapter).eval())
-        except (ValueError, RuntimeError, UserWarning) as error:
-            found = f"does not fit {source.config.model_name_or_path}: {str(error).splitlines()[0]}"
-            raise CheckpointError(f"{source.adapter}: {found}; expected the base that it was trained on") from error
+from loop.model import load_tokenizer
+from loop.source import find_source, load_model
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -145,26 +70,21 @@ def read_prompts() -> Iterator[str]:
         yield line
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; --help lists the flags")
-
-
 def parse_options(argv: list[str]) -> argparse.Namespace:
     """Raises: ConfigError that lists every number out of its range; SystemExit(0) after `--help`."""
     about = "Continue --prompt, or each line of stdin up to its end or an empty line."
     plain = "Nothing is done against repetition: what repeats itself is the model."
-    parser = _Parser(prog="loop.generate", description=about, epilog=plain, allow_abbrev=False)
+    parser = CommandParser(prog="loop.generate", description=about, epilog=plain, allow_abbrev=False)
     parser.add_argument("source", metavar="RUN|MODEL", help="a run, RUN/checkpoints/step-N, a model's folder or Hub id")
     parser.add_argument("--prompt", metavar="TEXT", help="the text to continue (default: lines of stdin)")
-    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=40, metavar="N", help="(default 40)")
+    parser.add_argument("--max_new_tokens", type=int, default=40, metavar="N", help="(default 40)")
     greedy = "0 takes the likeliest token, above 0 draws from all of them (default 0)"
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help=greedy)
     parser.add_argument("--seed", type=int, default=42, metavar="N", help="of the draws, anew each prompt (default 42)")
     parser.add_argument("--base", action="store_true", help="without the adapter: what the run started from")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    options = parser.parse_args(argv)
+    options = parser.parse_args([underscored(word) for word in argv])
     wrong = [
         f"--{name}: found {value}, expected {least} or more, and less than 2**32"
         for name, least in (("max_new_tokens", 1), ("temperature", 0), ("seed", 0))

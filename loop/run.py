@@ -34,6 +34,7 @@ from loop.model import (
     frozen_layout,
     load_base,
     load_tokenizer,
+    tokenizer_sha256,
 )
 from loop.optim import adamw, warmup
 from loop.order import ORDER_VERSION, num_positions, num_steps
@@ -156,8 +157,12 @@ def run_manifest(run: Run) -> dict[str, Any]:
     return {
         "identity": run.identity,
         "identity_sha256": run.identity_sha256,
-        "base": {"name": _public_name(run.config.model_name_or_path), "commit": commit},
-        "data": {**dataset, "counts": run.data.counts},
+        "base": {
+            "name": _public_name(run.config.model_name_or_path),
+            "commit": commit,
+            "tokenizer_sha256": tokenizer_sha256(run.tokenizer),
+        },
+        "data": {**dataset, "counts": run.data.counts, "templates": run.data.templates},
         "census": census(run.model),
         "num_steps": run.num_steps,
     }

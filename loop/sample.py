@@ -21,7 +21,7 @@ def sample(accelerator: Accelerator, model: PeftModel, tokenizer: PreTrainedToke
     was_training = model.training
     model.eval()
     with torch.no_grad(), accelerator.autocast():
-        tokens = model.generate(  # type: ignore[no-untyped-call]
+        tokens = model.generate(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=greedy
         )
     model.train(was_training)

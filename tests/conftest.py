@@ -1,6 +1,7 @@
 """Small models and datasets that every test shares; all offline, in a cache of their own, on one thread."""
 
 import os
+import socket
 import tempfile
 
 # Before torch and the Hub's libraries are imported: they read these once. A worker of pytest has a cache of its own,
@@ -8,8 +9,15 @@ import tempfile
 os.environ.setdefault(
     "LOOP_TESTS_CACHE_" + os.environ.get("PYTEST_XDIST_WORKER", ""), tempfile.mkdtemp(prefix="loop-tests-")
 )
+# The Hub is a port of this machine, which nobody else gets while the socket is bound; tests/hub.py listens on it, or nobody.
+HUB_SOCKET = socket.socket()
+HUB_SOCKET.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+HUB_SOCKET.bind(("127.0.0.1", int(os.environ.get("LOOP_TESTS_HUB_" + os.environ.get("PYTEST_XDIST_WORKER", ""), 0))))
+os.environ["LOOP_TESTS_HUB_" + os.environ.get("PYTEST_XDIST_WORKER", "")] = str(HUB_SOCKET.getsockname()[1])
 os.environ.update(
     OMP_NUM_THREADS="1",
+    HF_ENDPOINT=f"http://127.0.0.1:{HUB_SOCKET.getsockname()[1]}",
+    HF_HUB_DISABLE_XET="1",
     HF_HOME=os.environ["LOOP_TESTS_CACHE_" + os.environ.get("PYTEST_XDIST_WORKER", "")],
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",

@@ -19,8 +19,9 @@ from peft import PeftModel
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loop.generate import find_source, load_model, main
+from loop.generate import main
 from loop.launch import run_command
+from loop.source import find_source, load_model
 from tests.conftest import bloom_config, flags
 from tests.processes import run
 

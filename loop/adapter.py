@@ -1,0 +1,75 @@
+"""Is this the adapter that the run trained? Its tensors and its config, held against what the run wrote down."""
+
+import json
+import re
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+
+from loop.errors import CheckpointError
+
+_TENSOR = re.compile(
+    r"base_model\.model\.(?:.+\.)?(?P<module>[^.]+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.weight)?"
+)
+
+
+def check_adapter(files: dict[str, bytes], run: dict[str, Any]) -> None:
+    """Raises: CheckpointError that names the first tensor or key which is not as `run.json` says."""
+    try:
+        tensors = load_safetensors(files["adapter_model.safetensors"])
+    except SafetensorError as error:
+        raise CheckpointError(f"adapter_model.safetensors: not safetensors: {error}") from error
+    config = _check_config(files["adapter_config.json"], run)
+    for name, tensor in tensors.items():
+        parts = _TENSOR.fullmatch(name)
+        if parts is None or parts["module"] not in config["target_modules"]:
+            raise CheckpointError(f"adapter_model.safetensors: {name} is no tensor of this adapter; a base's weight?")
+        rank = {"lora_A": tensor.shape[:1], "lora_B": tensor.shape[1:2]}.get(parts["part"], (config["r"],))
+        if tuple(rank) != (config["r"],):
+            raise CheckpointError(f"adapter_model.safetensors: {name} is {list(tensor.shape)}, r is {config['r']}")
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"adapter_model.safetensors: {name} holds NaN or infinity")
+    found = {name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()}
+    stated: dict[str, Any] = run["census"]["tensors"]
+    odd = sorted(name for name in {*found, *stated} if found.get(name) != stated.get(name))
+    if odd:
+        both = f"found {found.get(odd[0], 'nothing')}, run.json states {stated.get(odd[0], 'nothing')}"
+        raise CheckpointError(f"adapter_model.safetensors: {odd[0]}: {both}")
+    if not any(_moved(name, tensor) for name, tensor in tensors.items()):
+        raise CheckpointError("adapter_model.safetensors: lora_B is zero everywhere: nothing was trained")
+
+
+def _moved(name: str, tensor: Tensor) -> bool:
+    return ".lora_B" in name and bool(tensor.any())
+
+
+def _check_config(content: bytes, run: dict[str, Any]) -> dict[str, Any]:
+    """`adapter_config.json`, if each of its values follows from the run. A key of another PEFT has to be empty."""
+    try:
+        found: dict[str, Any] = dict(json.loads(content))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"adapter_config.json: not JSON: {error}") from error
+    identity, base = run["identity"], run["base"]
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=identity["lora_r"],
+        lora_alpha=identity["lora_alpha"],
+        lora_dropout=identity["lora_dropout"],
+        use_rslora=identity["use_rslora"],
+        use_dora=identity["use_dora"],
+        inference_mode=True,
+        base_model_name_or_path=base["commit"] and base["name"],
+        revision=base["commit"],
+    ).to_dict()
+    expected: dict[str, Any] = {**lora, "target_modules": identity["lora_target_modules"]}
+    expected["peft_version"] = found.get("peft_version")
+    for key in sorted({*found, *expected}):
+        if found.get(key) != expected.get(key) and (key in expected or found[key] not in (None, False, {}, [])):
+            raise CheckpointError(
+                f"adapter_config.json: {key} is {found.get(key)!r}, the run's is {expected.get(key)!r}"
+            )
+    return found

@@ -1,0 +1,169 @@
+"""What publishing would send, decided on this machine alone: files by an allow-list, and what speaks against it."""
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
+
+from loop.adapter import check_adapter
+from loop.card import BLOOM_LICENCE, Target, make_card
+from loop.errors import CheckpointError, ConfigError, HubError, LoopError
+from loop.evidence import Evidence
+from loop.files import read_regular_file, sha256
+from loop.model import load_tokenizer, tokenizer_sha256
+from loop.scan import findings
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "tokenizer.model", "vocab.json", "merges.txt",
+)  # fmt: skip
+_LIMIT = 1 << 30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The bytes that would be sent, by name; what stays here; and why it cannot be sent, if it cannot."""
+
+    target: Target
+    step: int
+    files: dict[str, bytes]
+    left_out: list[str]
+    blocked: list[LoopError]
+
+    def as_json(self) -> dict[str, Any]:
+        sizes = {name: {"bytes": len(content), "sha256": sha256(content)} for name, content in self.files.items()}
+        reasons = {"left_out": self.left_out, "blocked": [str(error) for error in self.blocked]}
+        card = self.files["README.md"].decode()
+        return {**asdict(self.target), "step": self.step, "files": sizes, **reasons, "card": card}
+
+    def lines(self) -> list[str]:
+        """For a person. The card is among them, as it would stand on the Hub."""
+        target, pinned = self.target, self.target.base_commit or "a commit that is looked up before anything is sent"
+        where = f"{target.repo_id}{f', branch {target.revision}' if target.revision else ''}"
+        how = f"{'public' if target.public else 'private'}{', as a pull request' if target.create_pr else ''}"
+        changing = () if target.base_commit else ("adapter_config.json", "README.md")
+        return [
+            f"to        {where}, {how}",
+            f"base      {target.base} at {pinned}",
+            *(
+                f"send      {name}: {len(content):,} bytes, "
+                f"sha256 {'not known before that commit is' if name in changing else sha256(content)}"
+                for name, content in self.files.items()
+            ),
+            *(f"left out  {name}" for name in self.left_out),
+            f"----- README.md\n{self.files['README.md'].decode().rstrip()}\n-----",
+            *(f"BLOCKED: {error}" for error in self.blocked),
+        ]
+
+
+def make_plan(evidence: Evidence, target: Target) -> Plan:
+    """The plan of publishing this state of a run to `target`. Uses no network, writes nothing."""
+    blocked = [*_wrong_target(evidence, target), *_odd_entries(evidence.folder / "adapter")]
+    try:
+        check_adapter(evidence.adapter, evidence.run)
+    except CheckpointError as error:
+        blocked.append(error)
+    config = json.loads(evidence.adapter["adapter_config.json"])
+    named = {**config, "base_model_name_or_path": target.base, "revision": target.base_commit}
+    adapter = {
+        "adapter_config.json": (json.dumps(named, indent=2, sort_keys=True) + "\n").encode(),
+        "adapter_model.safetensors": evidence.adapter["adapter_model.safetensors"],
+    }
+    tokenizer: dict[str, bytes] = {}
+    try:
+        tokenizer = _tokenizer_files(evidence)
+    except LoopError as error:
+        blocked.append(error)
+    card = make_card(evidence, target, adapter, bool(tokenizer))
+    proofs = {"ledger.jsonl": evidence.ledger, "run.json": evidence.run_json} if target.evidence else {}
+    files = {**adapter, "README.md": card.encode(), **tokenizer, **proofs}
+    public = [target.repo_id, target.base, evidence.run["data"]["name"]]
+    for name, content in files.items():
+        if not name.endswith(".safetensors"):
+            text = content.decode(errors="replace")
+            found = findings(name, text, public, vocabulary=name in TOKENIZER_FILES)
+            blocked += [ConfigError(f"{line}; remove it where it comes from") for line in found]
+    return Plan(target, evidence.step, files, _left_out(evidence, files), blocked)
+
+
+def _wrong_target(evidence: Evidence, target: Target) -> list[LoopError]:
+    """What the flags ask for and cannot be had."""
+    errors, trained = _wrong_id("--repo_id", target.repo_id), evidence.run["base"]
+    if trained["commit"] is not None:
+        if (target.base, target.base_commit) != (trained["name"], trained["commit"]):
+            ways = f"trained on {trained['name']} at {trained['commit']}; leave it out"
+            errors.append(ConfigError(f"--base_model: found {target.base}, the run was {ways}"))
+    elif target.base == trained["name"]:
+        ways = "name it with --base_model OWNER/NAME, where its files are on the Hub"
+        errors.append(ConfigError(f"the base is a local folder ({trained['name']}), {ways}"))
+    else:
+        errors += _wrong_id("--base_model", target.base)
+    if target.is_bloom and target.license not in (None, BLOOM_LICENCE):
+        found = (
+            f"--license: found {target.license}; {target.base} is under {BLOOM_LICENCE}, which binds what is derived"
+        )
+        errors.append(ConfigError(f"{found} from it; leave it out"))
+    if not target.is_bloom and target.license is None:
+        errors.append(ConfigError("no licence is recorded: write --license ID, as the base's card and the data allow"))
+    if target.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", target.license):
+        errors.append(ConfigError(f"--license: found {target.license!r}, expected an id such as apache-2.0"))
+    if target.language is not None and not re.fullmatch(r"[a-z]{2,3}|code|multilingual", target.language):
+        errors.append(ConfigError(f"--language: found {target.language!r}, expected a code such as en"))
+    return errors
+
+
+def _wrong_id(flag: str, name: str) -> list[LoopError]:
+    try:
+        validate_repo_id(name)
+        if name.count("/") != 1:
+            raise HFValidationError("the owner is missing")
+        return []
+    except HFValidationError as error:
+        return [HubError(f"{flag}: found {name!r:.120}, expected OWNER/NAME: {str(error).splitlines()[0]:.120}")]
+
+
+def _odd_entries(folder: Path) -> list[LoopError]:
+    """Links, special files and names that may be taken for another, in the folder that is published."""
+    odd = []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name) if folder.is_dir() else []:
+        plain = entry.is_file(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_nlink == 1
+        if not plain and not entry.is_dir(follow_symlinks=False):
+            odd.append(CheckpointError(f"{entry.name!a} in adapter/: a link or a special file; remove it"))
+        elif not entry.name.isascii() or not entry.name.isprintable():
+            odd.append(CheckpointError(f"{entry.name!a} in adapter/: a name that looks like another; remove it"))
+    return list(odd)
+
+
+def _tokenizer_files(evidence: Evidence) -> dict[str, bytes]:
+    """The tokenizer that training used, where it came from a folder: nothing says that the base's id has the same.
+
+    Raises: LoopError where the folder no longer has it."""
+    folder = Path(evidence.config.model_name_or_path)
+    if evidence.run["base"]["commit"] is not None:
+        return {}
+    if not folder.is_dir():
+        raise ConfigError(f"the tokenizer: {folder.name}, the folder that the run read it from, is not there any more")
+    if tokenizer_sha256(load_tokenizer(evidence.config)) != evidence.run["base"]["tokenizer_sha256"]:
+        raise ConfigError(f"the tokenizer in {folder.name} is not the one that the run used; restore it")
+    return {name: read_regular_file(folder / name, _LIMIT) for name in TOKENIZER_FILES if (folder / name).exists()}
+
+
+def _left_out(evidence: Evidence, files: dict[str, bytes]) -> list[str]:
+    """What else lies in the run's folder; a folder counts as one entry, links are not followed."""
+    sent = {f"adapter/{name}" for name in ("adapter_config.json", "adapter_model.safetensors")}
+    sent |= {name for name in ("ledger.jsonl", "run.json") if name in files}
+    lines = []
+    for entry in sorted(evidence.folder.iterdir()):
+        inside = sorted(entry.iterdir()) if entry.name == "adapter" and not entry.is_symlink() else [entry]
+        for path in inside:
+            name = str(path.relative_to(evidence.folder))
+            if name not in sent:
+                folder = path.is_dir() and not path.is_symlink()
+                files_in = f"/ ({sum(len(names) for _, _, names in os.walk(path))} files)" if folder else ""
+                lines.append(ascii(name)[1:-1] + (" (a link)" if path.is_symlink() else files_in))
+    return lines

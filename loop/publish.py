@@ -1,0 +1,264 @@
+"""The adapter of a run on the Hub: `python -m loop.publish RUN --repo_id OWNER/NAME`.
+
+Plan, one commit, and everything downloaded again and compared before it says that it is there. The only command that
+reads a token or writes to the network. `--dry_run` ends after the plan and needs neither."""
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils.tqdm import disable_progress_bars
+from peft import PeftConfig
+from transformers.utils.logging import disable_progress_bar
+
+from loop.card import Target, merge_cards
+from loop.config import CommandParser, underscored
+from loop.errors import HubError
+from loop.evidence import Evidence, read_evidence
+from loop.files import canonical_json, replace_file, sha256
+from loop.hub import (
+    Hub,
+    Remote,
+    commit,
+    connect,
+    create,
+    create_branch,
+    fetch,
+    look,
+    open_pull_request,
+    patiently,
+    tag_commit,
+    tagged,
+)
+from loop.launch import run_command
+from loop.model import causal_lm_of, load_base, without_volatile
+from loop.plan import Plan, make_plan
+from loop.source import load_adapter, logits
+
+
+def publish(plan: Plan, evidence: Evidence, verify_logits: bool) -> dict[str, Any]:
+    """Send what is planned, verify it, and return what `RUN/published.json` says.
+
+    Raises: the first of what blocks it, with all of it in the message; HubError."""
+    refuse_if_blocked(plan)
+    hub = connect()
+    target = plan.target
+    with tempfile.TemporaryDirectory(prefix="loop-publish-") as name:
+        downloads = Path(name)
+        base_commit = check_base(hub, evidence, target, downloads)
+        remote = look(hub, target.repo_id, target.revision)
+        check_remote(hub, target, remote)
+        plan = make_plan(evidence, replace(target, base_commit=base_commit))
+        plan = with_card_on_hub(hub, plan, remote, downloads)
+        refuse_if_blocked(plan)
+        say_what_changes(plan, target, remote)
+        sha = send(hub, plan, remote)
+        verify(hub, plan, sha, downloads)
+        if verify_logits:
+            check_logits(hub, plan, evidence, sha)
+    if target.tag is not None:
+        tag_commit(hub, target.repo_id, target.tag, sha)
+    files = {name: {"bytes": len(content), "sha256": sha256(content)} for name, content in plan.files.items()}
+    place = {"repo_id": target.repo_id, "commit": sha, "url": f"{hub.api.endpoint}/{target.repo_id}/tree/{sha}"}
+    base = {"base_model": target.base, "base_commit": base_commit, "revision": target.revision, "tag": target.tag}
+    return {**place, **base, "step": plan.step, "files": files}
+
+
+def refuse_if_blocked(plan: Plan) -> None:
+    """Raises: the kind of the first reason, with all reasons; nothing has left the machine."""
+    if plan.blocked:
+        reasons = "\n".join(f"BLOCKED: {error}" for error in plan.blocked)
+        raise type(plan.blocked[0])(f"{reasons}\nnothing was sent: {len(plan.blocked)} thing(s) speak against it")
+
+
+def check_base(hub: Hub, evidence: Evidence, target: Target, folder: Path) -> str:
+    """The commit of the base on the Hub, whose config.json has to be the one that was trained on. Raises: HubError."""
+    remote = look(hub, target.base, target.base_commit)
+    if remote is None or remote.head is None:
+        raise HubError(
+            f"the base {target.base} at {target.base_commit or 'main'}: not on the Hub, or not for this token"
+        )
+    content = fetch(hub, target.base, "config.json", remote.head, folder)
+    try:
+        found = sha256(canonical_json(without_volatile(json.loads(content or b"{}"))))
+    except (ValueError, TypeError, AttributeError):
+        found = "no config"
+    if found != evidence.run["identity"]["base_config_sha256"]:
+        raise HubError(f"the base {target.base} at {remote.head}: its config.json is not that of the base trained on")
+    return remote.head
+
+
+def check_remote(hub: Hub, target: Target, remote: Remote | None) -> None:
+    """Raises: HubError where the repository is not as the flags say. Nothing has been written to it."""
+    if remote is None:
+        if target.create_pr or target.revision:
+            raise HubError(f"{target.repo_id}: not there; --create_pr and --revision need a repository")
+        return
+    if remote.private == target.public:
+        is_now, way = (
+            ("private", "leave --public out, or change it on its page")
+            if remote.private
+            else ("public", "write --public")
+        )
+        raise HubError(f"{target.repo_id} is {is_now}; {way}")
+    if target.create_pr and remote.head is None:
+        raise HubError(f"--create_pr: {target.repo_id} has no branch {target.revision}")
+
+
+def with_card_on_hub(hub: Hub, plan: Plan, remote: Remote | None, folder: Path) -> Plan:
+    """The plan with the card's hand-written part as it is on the Hub."""
+    if remote is None or "README.md" not in remote.oids:
+        return plan
+    content = fetch(hub, plan.target.repo_id, "README.md", remote.head, folder)
+    if content is None:
+        return plan
+    card = merge_cards(plan.files["README.md"].decode(), content.decode(errors="replace"))
+    return replace(plan, files={**plan.files, "README.md": card.encode()})
+
+
+def say_what_changes(plan: Plan, asked: Target, remote: Remote | None) -> None:
+    """What the plan could not know before it had asked the Hub."""
+    lines = []
+    if remote is None:
+        lines.append(f"on the Hub: no {plan.target.repo_id} yet; it is made now")
+    else:
+        others = sorted(remote.oids.keys() - plan.files.keys())
+        left = f"; left as they are: {', '.join(others)}" if others else ""
+        lines.append(f"on the Hub: {plan.target.repo_id} at {remote.head}{left}")
+    if asked.base_commit is None:
+        lines.append(f"base      {plan.target.base} at {plan.target.base_commit}")
+    changed = ("adapter_config.json", "README.md") if asked.base_commit is None or remote else ()
+    for name in changed:
+        lines.append(f"send      {name}: {len(plan.files[name]):,} bytes, sha256 {sha256(plan.files[name])}")
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def send(hub: Hub, plan: Plan, remote: Remote | None) -> str:
+    """The commit that holds the plan's files: the one that is there already, or a new one. Raises: HubError."""
+    target = plan.target
+    if remote is None:
+        create(hub, target.repo_id, target.public)
+    elif target.revision is not None and remote.head is None:
+        create_branch(hub, target.repo_id, target.revision)
+    if remote is None or remote.head is None:
+        remote = look(hub, target.repo_id, target.revision)
+        if remote is None or remote.private == target.public:
+            raise HubError(f"{target.repo_id}: made, but not as asked; look at its page")
+    there = remote.head if remote.holds(plan.files) else None
+    if there is None and target.create_pr:
+        there = open_pull_request(hub, target.repo_id, plan.files)
+    if target.tag is not None and tagged(hub, target.repo_id, target.tag) not in (None, there):
+        raise HubError(f"--tag: {target.tag} is another commit already; choose another name; nothing was committed")
+    if there is not None:
+        print(f"already there, at {there}: nothing was sent", file=sys.stderr, flush=True)
+        return there
+    message = f"LoRA adapter after {plan.step} steps"
+    return commit(hub, target.repo_id, plan.files, remote, target.revision, target.create_pr, message)
+
+
+def verify(hub: Hub, plan: Plan, sha: str, folder: Path) -> None:
+    """Download everything at that commit and compare it; load the config by its id. Raises: HubError."""
+    target = plan.target
+    for name, content in plan.files.items():
+        found = fetch(hub, target.repo_id, name, sha, folder)
+        if found != content:
+            served = "no such file" if found is None else f"sha256 {sha256(found)}"
+            expected = f"expected {sha256(content)}; do not use this commit"
+            raise HubError(f"{target.repo_id} at {sha}: {name} is served as {served}, {expected}")
+    config = patiently(
+        hub,
+        f"load {target.repo_id}",
+        lambda: PeftConfig.from_pretrained(target.repo_id, revision=sha, token=hub.token, cache_dir=folder),
+    )
+    if (config.base_model_name_or_path, config.revision) != (target.base, target.base_commit):
+        raise HubError(f"{target.repo_id} at {sha}: PEFT reads the base {config.base_model_name_or_path} from it")
+
+
+def check_logits(hub: Hub, plan: Plan, evidence: Evidence, sha: str) -> None:
+    """Base and adapter from the Hub give the logits that they give here. Raises: HubError."""
+    target, device = plan.target, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory(prefix="loop-publish-") as name:
+        for file, content in evidence.adapter.items():
+            (Path(name) / file).write_bytes(content)
+        here = logits(causal_lm_of(load_adapter(load_base(evidence.config, device).eval(), Path(name))))
+    on_hub = replace(evidence.config, model_name_or_path=target.base, model_revision=target.base_commit)
+    base = load_base(on_hub, device).eval()
+    there = logits(causal_lm_of(load_adapter(base, target.repo_id, revision=sha, token=hub.token)))
+    if not torch.equal(here, there):
+        largest = f"{(here - there).abs().max():.3g}"
+        raise HubError(f"{target.repo_id} at {sha}: logits differ from the run's by up to {largest}; do not use it")
+    print("logits     base and adapter from the Hub give the same as here, bit for bit", file=sys.stderr, flush=True)
+
+
+def parse_options(argv: list[str]) -> argparse.Namespace:
+    """Raises: ConfigError; SystemExit(0) after `--help`."""
+    about = "Publish the adapter of a finished run, or of a checkpoint. Private unless --public; one commit; verified."
+    parser = CommandParser(prog="loop.publish", description=about, allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", type=Path, help="a finished run, or RUN/checkpoints/step-N")
+    parser.add_argument(
+        "--repo_id", required=True, metavar="OWNER/NAME", help="the repository; made if it is not there"
+    )
+    parser.add_argument("--public", action="store_true", help="for everybody to see (default: private)")
+    parser.add_argument("--create_pr", action="store_true", help="as a pull request")
+    parser.add_argument("--revision", metavar="BRANCH", help="the branch; made if it is not there (default: main)")
+    parser.add_argument("--tag", metavar="TAG", help="a name for the commit")
+    parser.add_argument("--dry_run", action="store_true", help="end after the plan: no token, no network")
+    parser.add_argument(
+        "--base_model", metavar="ID[@COMMIT]", help="the base on the Hub, if the run read it from a folder"
+    )
+    parser.add_argument("--license", metavar="ID", help="of the adapter; BLOOM's is inherited")
+    parser.add_argument("--language", metavar="CODE", help="of the text, such as en")
+    parser.add_argument("--evidence", action="store_true", help="publish ledger.jsonl and run.json too")
+    parser.add_argument("--verify_logits", action="store_true", help="load base and adapter from the Hub and compare")
+    parser.add_argument("--json", action="store_true", help="the plan and what came of it as one JSON object")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args([underscored(word) for word in argv])
+
+
+def make_target(options: argparse.Namespace, evidence: Evidence) -> Target:
+    """Where the flags say that it goes; the base is the run's own unless a folder's was named."""
+    base, _, base_commit = (options.base_model or "").partition("@")
+    trained = evidence.run["base"]
+    return Target(
+        repo_id=options.repo_id,
+        base=base or trained["name"],
+        base_commit=base_commit or (trained["commit"] if base in ("", trained["name"]) else None),
+        public=options.public,
+        revision=options.revision,
+        create_pr=options.create_pr,
+        tag=options.tag,
+        license=options.license,
+        language=options.language,
+        evidence=options.evidence,
+    )
+
+
+def main(argv: list[str]) -> None:
+    """`python -m loop.publish`: the plan, and unless it is a dry run what came of it."""
+    options = parse_options(argv)
+    disable_progress_bar()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    evidence = read_evidence(options.run)
+    plan = make_plan(evidence, make_target(options, evidence))
+    if not options.json:
+        print("\n".join(plan.lines()), flush=True)
+    published = None if options.dry_run else publish(plan, evidence, options.verify_logits)
+    if published is not None:
+        content = json.dumps(published, indent=2, sort_keys=True) + "\n"
+        replace_file(evidence.folder / "published.json", content.encode())
+    if options.json:
+        print(json.dumps({**plan.as_json(), "published": published}, ensure_ascii=False), flush=True)
+    elif published is None:
+        print("dry run: nothing was sent")
+    else:
+        print(f"published and verified: {published['url']}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: main(sys.argv[1:]), debug="--debug" in sys.argv))
