@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 # Training uses no token. transformers 5.23 lists a repository's files with the one of the user's login otherwise,
 # token=False or not. The Hub's client reads this when it is imported.
 os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # else it names torch and what it runs under, and asks for a list of these
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at each import it recommends a package for inference
 
 if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -21,7 +21,7 @@ def check_adapter(files: dict[str, bytes], run: dict[str, Any]) -> None:
     """Raises: CheckpointError that names the first tensor or key which is not as `run.json` says."""
     try:
         tensors = load_safetensors(files["adapter_model.safetensors"])
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
         raise CheckpointError(f"adapter_model.safetensors: not safetensors: {error}") from error
     config = _check_config(files["adapter_config.json"], run)
     for name, tensor in tensors.items():
@@ -31,14 +31,15 @@ def check_adapter(files: dict[str, bytes], run: dict[str, Any]) -> None:
         rank = {"lora_A": tensor.shape[:1], "lora_B": tensor.shape[1:2]}.get(parts["part"], (config["r"],))
         if tuple(rank) != (config["r"],):
             raise CheckpointError(f"adapter_model.safetensors: {name} is {list(tensor.shape)}, r is {config['r']}")
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"adapter_model.safetensors: {name} holds NaN or infinity")
     found = {name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()}
     stated: dict[str, Any] = run["census"]["tensors"]
     odd = sorted(name for name in {*found, *stated} if found.get(name) != stated.get(name))
     if odd:
         both = f"found {found.get(odd[0], 'nothing')}, run.json states {stated.get(odd[0], 'nothing')}"
         raise CheckpointError(f"adapter_model.safetensors: {odd[0]}: {both}")
+    for name, tensor in tensors.items():  # whose dtype is the run's, and so one that can be asked
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"adapter_model.safetensors: {name} holds NaN or infinity")
     if not any(_moved(name, tensor) for name, tensor in tensors.items()):
         raise CheckpointError("adapter_model.safetensors: lora_B is zero everywhere: nothing was trained")
 
@@ -51,7 +52,7 @@ def _check_config(content: bytes, run: dict[str, Any]) -> dict[str, Any]:
     """`adapter_config.json`, if each of its values follows from the run. A key of another PEFT has to be empty."""
     try:
         found: dict[str, Any] = dict(json.loads(content))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"adapter_config.json: not JSON: {error}") from error
     identity, base = run["identity"], run["base"]
     lora = LoraConfig(

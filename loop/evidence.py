@@ -50,7 +50,7 @@ def read_evidence(asked: Path) -> Evidence:
     run_json = read_regular_file(folder / "run.json", _LIMIT)
     run = read_run(folder / "run.json")
     identity, start = run.get("identity"), run.get("identity_sha256", "")
-    lacks = [f"{part}.{key}" for part, keys in _NEEDED.items() for key in keys if key not in run.get(part, {})]
+    lacks = [f"{part}.{key}" for part, keys in _NEEDED.items() for key in sorted(keys) if key not in run.get(part, {})]
     if lacks:
         raise CheckpointError(
             f"{folder / 'run.json'}: has no {', '.join(lacks)}; an older version of the loop wrote it"
@@ -67,7 +67,8 @@ def read_evidence(asked: Path) -> Evidence:
     text = read_regular_file(folder / "config.yaml", _LIMIT).decode(errors="replace")
     config = parse_command_line(["--config", str(folder / "config.yaml")]).config
     stated = {name: identity[name] for name in config.with_resume("identity") if name in identity}
-    stated["lora_target_modules"] = config.with_resume("identity")["lora_target_modules"]  # there as they were resolved
+    if config.lora_target_modules in (None, ("all-linear",)):  # what that stood for is in the identity
+        stated["lora_target_modules"] = config.with_resume("identity")["lora_target_modules"]
     changed = differences(stated, config.with_resume("identity"))
     if changed:
         raise CheckpointError(f"{folder / 'config.yaml'}: changed since the run: {'; '.join(changed)}")

@@ -74,7 +74,8 @@ def connect() -> Hub:
     if not re.fullmatch(r"[\x21-\x7e]+", token):  # the client would quote it in its complaint
         raise HubError("the token holds characters that no token has; copy it again: hf auth login, or set HF_TOKEN")
     set_client_factory(lambda: httpx2.Client(follow_redirects=True, timeout=TIMEOUT))
-    logging.getLogger("huggingface_hub.utils._http").addFilter(_without_signatures)
+    for module in ("utils._http", "file_download"):
+        logging.getLogger(f"huggingface_hub.{module}").addFilter(_say_it_plainly)
     hub = Hub(HfApi(token=token), token, "")
     about = patiently(hub, "who the token belongs to", hub.api.whoami)
     if about.get("auth", {}).get("accessToken", {}).get("role") == "read":
@@ -256,7 +257,7 @@ def _git_oid(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def _without_signatures(record: logging.LogRecord) -> bool:
-    """The client's line about a repeated upload, without the query of its address, which is as good as a password."""
-    record.msg = re.sub(r"\?\S+", "", str(record.msg))
-    return True
+def _say_it_plainly(record: logging.LogRecord) -> bool:
+    """What the client logs of a repeated request, without an address's query: for an upload it is a password."""
+    print(re.sub(r"\?\S+", "", record.getMessage()), file=sys.stderr, flush=True)
+    return False

@@ -93,4 +93,5 @@ def _summary(run: Run, result: Result) -> list[str]:
         f"ledger   {run.folder / 'ledger.jsonl'}, head {result.ledger_head}",
         f"adapter  {run.folder / 'adapter' / 'adapter_model.safetensors'}, sha256 {result.adapter_sha256}",
         f'next     python -m loop.generate {run.folder} --prompt "..."',
+        f"publish  python -m loop.publish {run.folder} --repo_id OWNER/NAME --dry_run",
     ]

@@ -15,10 +15,17 @@ _SECRETS = {
     "private key": r"-----BEGIN [A-Z ]*PRIVATE KEY",
     "web token": r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+",
     "password in an address": r"\b(?!mailto:)[\w.+-]+:(?://[^\s/:@]*:)?[^\s/:@]+@[\w-]+\.[\w.-]+|://[^\s/:@]+:[^\s/@]+@",
-    "password": r"(?i)(?:api[_-]?key|secret[_-]?key|auth[_-]?token|password|passwd)['\"]?\s*[:=]\s*['\"]?[^\s'\",]{8,}",
+    "password": r"(?i)(?:api[_-]?key|secret[_-]?key|auth[_-]?token|password|passwd)['\"]?[ \t]*[:=][ \t]*['\"]?[^\s'\",]{8,}",
 }
-_PATHS = r"(?<![\w.:/<>)~\]-])(?:file://|~)?/[\w.@+-]+(?:/[\w.@+-]+)+|\b[A-Za-z]:\\+[\w.]|\\\\[\w.-]+\\"
+_PATHS = (
+    r"(?<![\w./<>)~\]-])(?:file://|~)?/[\w.@+-]+(?:/[\w.@+-]+)+"
+    r"|\b[A-Za-z]:(?:\\\\+|\\(?![nrt]))[\w.]"  # Q:\n is a question and its line's end
+    r"|(?<!\\)(?:\\\\[\w.-]+\\|\\{4}[\w.-]+\\\\)(?!\\)"  # of a share; as it is, or as JSON spells it
+)
+_LINE_END = re.compile(r"(?<!\\)\\[nrt]")
+"""Spelled as JSON, YAML and Python do: what stands behind it begins a word."""
 _ANYBODY = {"root", "user", "admin", "ubuntu", "runner", "nobody", "docker", "jovyan", "localhost", "home", "host"}
+_NAME = "name of a user or machine"
 _QUOTED = re.compile(r'\s*(>|"(adapter|base)": ")')
 """A line of a sample, in the card or in run.json: there a word that is somebody's name is a word of the model's."""
 
@@ -29,15 +36,19 @@ def findings(name: str, text: str, public: Iterable[str] = (), vocabulary: bool 
     `public` are words that may stand there, such as the repository's own id. A vocabulary is a list of everything that
     was ever written: there only secrets are looked for, not paths and names."""
     kinds = dict(_SECRETS) if vocabulary else {**_SECRETS, "absolute path": _PATHS}
-    names = [] if vocabulary else [rf"(?<!\w){re.escape(word)}(?!\w)" for word in machine_names()]
-    lines = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        for word in sorted(public, key=len, reverse=True):
-            line = line.replace(word, "")
-        here = {**kinds, "name of a user or machine": "|".join(names)} if names and not _QUOTED.match(line) else kinds
-        for kind, pattern in here.items():
-            lines += [f"{name}:{number}: {kind}, {mask(match[0])}" for match in re.finditer(pattern, line)]
-    return lines
+    if not vocabulary and machine_names():
+        kinds[_NAME] = rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(machine_names(), reverse=True)))})(?!\w)"
+    text = _LINE_END.sub(r"\g<0> ", text)
+    words = "|".join(map(re.escape, sorted(public, key=len, reverse=True)))
+    rest = re.sub(rf"(?<![\w-])(?:{words})(?![\w-])", " ", text)
+    lines, found = text.split("\n"), []
+    for kind, pattern in kinds.items():
+        place = text if kind == "absolute path" else rest  # in /home/anna/demo there is no public id anna/demo
+        for match in re.finditer(pattern, place):
+            number = place.count("\n", 0, match.start()) + 1
+            if kind != _NAME or not _QUOTED.match(lines[number - 1]):
+                found.append((number, f"{name}:{number}: {kind}, {mask(match[0])}"))
+    return [line for _, line in sorted(found)]
 
 
 def mask(found: str) -> str:
@@ -47,7 +58,8 @@ def mask(found: str) -> str:
 
 def machine_names() -> set[str]:
     """The user's and the machine's names, where they are not everybody's."""
-    names = {Path.home().name, socket.gethostname(), socket.gethostname().partition(".")[0]}
-    with suppress(KeyError, OSError):  # no entry for this number in the list of users, as in some containers
-        names.add(getpass.getuser())
+    names = {socket.gethostname(), socket.gethostname().partition(".")[0]}
+    for user in (lambda: Path.home().name, getpass.getuser):
+        with suppress(KeyError, OSError, RuntimeError):  # the list of users has no such number, as in some containers
+            names.add(user())
     return {name for name in names if len(name) > 2 and name.lower() not in _ANYBODY}

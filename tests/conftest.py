@@ -1,22 +1,18 @@
 """Small models and datasets that every test shares; all offline, in a cache of their own, on one thread."""
 
 import os
-import socket
 import tempfile
+
+from tests.hub import HUB_URL
 
 # Before torch and the Hub's libraries are imported: they read these once. A worker of pytest has a cache of its own,
 # and the runs that it forks share it.
 os.environ.setdefault(
     "LOOP_TESTS_CACHE_" + os.environ.get("PYTEST_XDIST_WORKER", ""), tempfile.mkdtemp(prefix="loop-tests-")
 )
-# The Hub is a port of this machine, which nobody else gets while the socket is bound; tests/hub.py listens on it, or nobody.
-HUB_SOCKET = socket.socket()
-HUB_SOCKET.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-HUB_SOCKET.bind(("127.0.0.1", int(os.environ.get("LOOP_TESTS_HUB_" + os.environ.get("PYTEST_XDIST_WORKER", ""), 0))))
-os.environ["LOOP_TESTS_HUB_" + os.environ.get("PYTEST_XDIST_WORKER", "")] = str(HUB_SOCKET.getsockname()[1])
 os.environ.update(
     OMP_NUM_THREADS="1",
-    HF_ENDPOINT=f"http://127.0.0.1:{HUB_SOCKET.getsockname()[1]}",
+    HF_ENDPOINT=HUB_URL,  # where nobody listens but in the tests that start a Hub
     HF_HUB_DISABLE_XET="1",
     HF_HOME=os.environ["LOOP_TESTS_CACHE_" + os.environ.get("PYTEST_XDIST_WORKER", "")],
     HF_HUB_OFFLINE="1",
@@ -128,6 +124,24 @@ def ragged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ragged") / "ragged.jsonl"
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def finished(bloom: Path, ragged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 6 steps with held-out rows, a sample, and checkpoints after 3 and 6; copy it before a change."""
+    from tests.processes import run  # which imports this file in another process
+
+    folder = tmp_path_factory.mktemp("finished")
+    run(flags(published_settings(bloom, ragged, folder / "run")), folder / "log")
+    return folder / "run"
+
+
+def published_settings(base: Path, rows: Path, output: Path, **changed: Any) -> dict[str, Any]:
+    """Knobs of a run that has everything which a card states."""
+    usual: dict[str, Any] = {"model_name_or_path": base, "dataset_name": rows, "output_dir": output}
+    usual |= {"max_length": 128, "micro_batch_tokens": 256, "global_batch_size": 8, "max_steps": 6, "lora_r": 4}
+    usual |= {"learning_rate": 1e-2, "eval_fraction": 0.1, "save_steps": 3, "sample_prompt": "A good tool"}
+    return {**usual, **changed}
 
 
 @pytest.fixture

@@ -6,11 +6,12 @@ large files go by LFS (`HF_HUB_DISABLE_XET=1`)."""
 import base64
 import hashlib
 import json
+import os
 import re
+import socket
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,6 +19,13 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 LARGE = (".safetensors", ".bin", ".parquet", ".model")
+_HELD = socket.socket()  # bound, so that nobody else is given its port, and never listened on
+_HELD.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+_KEY = "LOOP_TESTS_HUB_" + os.environ.get("PYTEST_XDIST_WORKER", "")
+_HELD.bind(("127.0.0.1", int(os.environ.get(_KEY, 0))))
+os.environ[_KEY] = str(_HELD.getsockname()[1])  # what a worker of pytest forks has the same
+HUB_URL = f"http://127.0.0.1:{os.environ[_KEY]}"
+"""The Hub of every test of this worker: libraries read their endpoint once, when they are imported."""
 Reply = tuple[int, dict[str, str], bytes]
 
 
@@ -50,7 +58,8 @@ class Fault:
     delay: float = 0.0  # seconds before it is done
     spoil: bool = False  # answer with one byte of the body changed
     cut: int | None = None  # answer with only so many bytes of the body, then close
-    swallow: bool = False  # answer as if it had been done
+    act: Callable[[], object] | None = None  # done before it is
+    after: Callable[[], object] | None = None  # done behind it, before the answer
 
 
 @dataclass
@@ -101,18 +110,14 @@ class Hub(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
 
-    def __init__(self, port: int = 0) -> None:
-        super().__init__(("127.0.0.1", port), _Answer)
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", int(os.environ[_KEY])), _Answer)
         self.users: dict[str, dict[str, Any]] = {}
         self.models: dict[str, Repository] = {}
         self.datasets: dict[str, Repository] = {}
         self.large: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, str | None]] = []  # method, path with query, Authorization
         self.faults: list[Fault] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
 
     def asked(self, method: str, path: str) -> int:
         """How many such requests came."""
@@ -164,10 +169,14 @@ class Hub(ThreadingHTTPServer):
         if user is None or user["role"] == "read" or not may_write(user, name):
             raise Refused(403, "", f"You don't have the rights to create a model under the namespace {owner!r}.")
         if name in self.models:
-            raise Refused(409, "", "You already created this model repo")
+            return (
+                409,
+                {},
+                json.dumps({"error": "You already created this model repo", "url": f"{HUB_URL}/{name}"}).encode(),
+            )
         self.models[name] = Repository(private=asked.get("visibility") == "private")
         self.models[name].add({".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
-        return _json({"url": f"{self.url}/{name}"})
+        return _json({"url": f"{HUB_URL}/{name}"})
 
     def info(self, user: dict[str, Any] | None, kind: str, name: str, revision: str, **_: Any) -> Reply:
         repository = self.find(kind, name, user)
@@ -264,8 +273,8 @@ class Hub(ThreadingHTTPServer):
         objects: list[dict[str, Any]] = []
         for wanted in json.loads(body)["objects"]:
             known = {"oid": wanted["oid"], "size": wanted["size"]}
-            upload = {"href": f"{self.url}/lfs/{wanted['oid']}?X-Amz-Signature=0123456789abcdef"}
-            verify = {"href": f"{self.url}/lfs/{wanted['oid']}/verify"}
+            upload = {"href": f"{HUB_URL}/lfs/{wanted['oid']}?X-Amz-Signature=0123456789abcdef"}
+            verify = {"href": f"{HUB_URL}/lfs/{wanted['oid']}/verify"}
             needed = wanted["oid"] not in self.large
             objects.append({**known, "actions": {"upload": upload, "verify": verify}} if needed else known)
         return _json({"transfer": "basic", "objects": objects})
@@ -298,11 +307,11 @@ class Hub(ThreadingHTTPServer):
                 files[value["path"]] = base64.b64decode(value["content"])
         pull = "create_pr" in how["query"]
         sha = repository.add(files, branch="" if pull else revision, parent=parent)
-        done = {"success": True, "commitOid": sha, "commitUrl": f"{self.url}/{name}/commit/{sha}"}
+        done = {"success": True, "commitOid": sha, "commitUrl": f"{HUB_URL}/{name}/commit/{sha}"}
         if pull:
             number = len(repository.requests) + 1
             repository.requests[number] = (str((user or {})["name"]), sha)
-            done["pullRequestUrl"] = f"{self.url}/{name}/discussions/{number}"
+            done["pullRequestUrl"] = f"{HUB_URL}/{name}/discussions/{number}"
         return _json(done)
 
     def make_tag(self, user: dict[str, Any] | None, name: str, revision: str, body: bytes, **how: Any) -> Reply:
@@ -348,6 +357,7 @@ _PUTS = {r"/lfs/(?P<oid>\w+)": "lfs_put"}
 class _Answer(BaseHTTPRequestHandler):
     server: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer takes 40 ms
 
     def handle_one(self) -> None:
         given = self.headers.get("Authorization")
@@ -355,7 +365,8 @@ class _Answer(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         method = "GET" if self.command == "HEAD" else self.command
         fault = next(
-            (f for f in self.server.faults if f.times and f.method == method and re.search(f.path, url.path)), None
+            (f for f in self.server.faults if f.times and f.method == self.command and re.search(f.path, url.path)),
+            None,
         )
         if fault is not None:
             fault.times -= 1
@@ -366,13 +377,14 @@ class _Answer(BaseHTTPRequestHandler):
             return
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if fault is not None:
-            time.sleep(fault.delay)
+            threading.Event().wait(fault.delay)  # a test may have taken time.sleep for itself
+            (fault.act or dict)()
         try:
             if fault is not None and fault.status:
                 raise Refused(fault.status, "", fault.message, **fault.headers)
             token = given.removeprefix("Bearer ") if given else None
-            done = (200, {}, b"") if fault and fault.swallow else None
-            status, headers, content = done or self.server.answer(method, url.path, parse_qs(url.query), body, token)
+            status, headers, content = self.server.answer(method, url.path, parse_qs(url.query), body, token)
+            (fault.after if fault and fault.after else dict)()
         except Refused as refused:
             status, headers, content = refused.reply
         if fault is not None and fault.lose:
@@ -391,6 +403,10 @@ class _Answer(BaseHTTPRequestHandler):
                 self.close_connection = True
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_one
+
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # who asked has gone
+            super().handle()
 
     def log_message(self, *_: object) -> None:
         """Silent."""

@@ -112,8 +112,8 @@ def _run(argv: list[str], environment: dict[str, str], log: str) -> None:
     sys.exit(code)
 
 
-def run_without_network() -> None:
-    """`loop.train` with the words behind -c; any use of the network ends the process with 99.
+def run_without_network(main: Callable[[list[str]], None] | None = None) -> None:
+    """A command, `loop.train` unless given, with the words behind -c; any use of the network ends it with 99.
 
     An audit hook cannot be taken off, by us or by a library that swallows exceptions.
     """
@@ -125,6 +125,6 @@ def run_without_network() -> None:
 
     sys.addaudithook(refuse)
     from loop.launch import run_command
-    from loop.train import main
+    from loop.train import main as train
 
-    sys.exit(run_command(lambda: main(sys.argv[1:])))
+    sys.exit(run_command(lambda: (main or train)(sys.argv[1:])))

@@ -31,9 +31,12 @@ def user_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
 
 
-def launch(config: str, argv: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+def launch(
+    config: str, argv: list[str], folder: Path, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    places = {**user_environment(), **(environment or {})}
     return subprocess.run(
-        launch_words(config, argv), cwd=folder, env=user_environment(), capture_output=True, text=True, timeout=300
+        launch_words(config, argv), cwd=folder, env=places, capture_output=True, text=True, timeout=300
     )
 
 
