@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from loop.batch import Example
 from loop.config import Config
 from loop.errors import DataError, EnvironmentFault, HubError
+from loop.files import canonical_json, sha256
 
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else each load reports itself to the library's makers
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -89,6 +90,14 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
         raise DataError(f"dataset_test_split: no row of {config.dataset_test_split} has text to predict")
     fingerprint, largest_token_id = _fingerprint(train, heldout)
     return Data(train, heldout, counts, fingerprint, templates, commit, largest_token_id)
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of what makes it another tokenizer: vocabulary, rules, special tokens, chat template; not of how it is stored."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
+    rules |= {"truncation": None, "padding": None}  # each call sets these
+    return sha256(canonical_json([rules, tokenizer.special_tokens_map, tokenizer.chat_template]))
 
 
 def resolve_templates(config: Config, columns: list[str]) -> list[str]:
@@ -193,10 +202,8 @@ def _tokenise(source: Dataset, templates: list[str], config: Config, tokenizer: 
     The cache is named by all that decides its bytes, the source of this file included."""
     if len(source) == 0:
         raise DataError(f"{config.dataset_name}: the split holds no rows")
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else tokenizer.get_vocab()
-    decisive = [source._fingerprint, templates, config.max_length, config.truncation, vocabulary]
-    decisive += [tokenizer.special_tokens_map, type(tokenizer).__name__, Path(__file__).read_text(encoding="utf-8")]
+    decisive = [source._fingerprint, templates, config.max_length, config.truncation, tokenizer_sha256(tokenizer)]
+    decisive += [type(tokenizer).__name__, Path(__file__).read_text(encoding="utf-8")]
     try:
         return source.map(
             _encode,
@@ -205,7 +212,7 @@ def _tokenise(source: Dataset, templates: list[str], config: Config, tokenizer: 
             fn_kwargs={"templates": templates, "config": config, "tokenizer": tokenizer},
             remove_columns=source.column_names,
             features=_COLUMNS,
-            new_fingerprint=hashlib.sha256(json.dumps(decisive, default=str).encode()).hexdigest()[:16],
+            new_fingerprint=sha256(canonical_json(decisive))[:16],
         )
     except DataError as error:
         raise DataError(f"{config.dataset_name}: {error}") from None

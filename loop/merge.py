@@ -17,6 +17,9 @@ from loop.launch import run_command
 from loop.model import causal_lm_of, load_base, load_tokenizer
 from loop.source import Source, find_source, load_adapter, logits
 
+SHARD = "5GB"
+"""Of the written model; what engines and the Hub's own tools expect."""
+
 
 def merge(source: Source, output: Path) -> float:
     """Write base and adapter as one model; return the largest difference of its logits from those unmerged.
@@ -39,7 +42,7 @@ def merge(source: Source, output: Path) -> float:
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        merged.save_pretrained(temporary)
+        merged.save_pretrained(temporary, max_shard_size=SHARD)
         load_tokenizer(config).save_pretrained(temporary)
         again = load_base(replace(config, model_name_or_path=str(temporary), model_revision=None), device).eval()
         difference = float((logits(again) - unmerged).abs().max())

@@ -21,7 +21,6 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from loop.config import Config
 from loop.errors import CheckpointError, ConfigError, HubError, NonFiniteError
-from loop.files import canonical_json, sha256
 from loop.quantise import dtype_name, keep_trainable, num_parameters, quantization_config
 
 _EXPECTED = "expected a folder with config.json, tokenizer.json and *.safetensors (pytorch_model.bin is never opened)"
@@ -38,14 +37,6 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(
             config.model_name_or_path, revision=config.model_revision, trust_remote_code=False, token=False
         )
-
-
-def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of what makes it another tokenizer: vocabulary, rules, special tokens, chat template; not of how it is stored."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else tokenizer.get_vocab()
-    parts = [vocabulary, tokenizer.special_tokens_map, tokenizer.chat_template]
-    return sha256(canonical_json(parts))
 
 
 def base_commit(config: Config) -> str | None:

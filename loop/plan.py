@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from huggingface_hub.utils._validators import validate_repo_id
 
 from loop.adapter import check_adapter
 from loop.card import BLOOM_LICENCE, Target, make_card
+from loop.data import tokenizer_sha256
 from loop.errors import CheckpointError, ConfigError, HubError, LoopError
 from loop.evidence import Evidence
 from loop.files import read_regular_file, sha256
-from loop.model import load_tokenizer, tokenizer_sha256
+from loop.model import load_tokenizer
 from loop.scan import findings
 
 TOKENIZER_FILES = (
@@ -68,20 +69,13 @@ def make_plan(evidence: Evidence, target: Target) -> Plan:
         check_adapter(evidence.adapter, evidence.run)
     except CheckpointError as error:
         blocked.append(error)
-    config = json.loads(evidence.adapter["adapter_config.json"])
-    named = {**config, "base_model_name_or_path": target.base, "revision": target.base_commit}
-    adapter = {
-        "adapter_config.json": (json.dumps(named, indent=2, sort_keys=True) + "\n").encode(),
-        "adapter_model.safetensors": evidence.adapter["adapter_model.safetensors"],
-    }
     tokenizer: dict[str, bytes] = {}
     try:
         tokenizer = _tokenizer_files(evidence)
     except LoopError as error:
         blocked.append(error)
-    card = make_card(evidence, target, adapter, bool(tokenizer))
     proofs = {"ledger.jsonl": evidence.ledger, "run.json": evidence.run_json} if target.evidence else {}
-    files = {**adapter, "README.md": card.encode(), **tokenizer, **proofs}
+    files = {**_named_files(evidence, target, bool(tokenizer)), **tokenizer, **proofs}
     public = [target.repo_id, target.base, evidence.run["data"]["name"]]
     for name, content in files.items():
         if not name.endswith(".safetensors"):
@@ -89,6 +83,24 @@ def make_plan(evidence: Evidence, target: Target) -> Plan:
             found = findings(name, text, public, vocabulary=name in TOKENIZER_FILES)
             blocked += [ConfigError(f"{line}; remove it where it comes from") for line in found]
     return Plan(target, evidence.step, files, _left_out(evidence, files), blocked)
+
+
+def pin(plan: Plan, evidence: Evidence, base_commit: str) -> Plan:
+    """The plan with the base's commit, once the Hub has said it; no file is read again."""
+    target = replace(plan.target, base_commit=base_commit)
+    own_tokenizer = any(name in plan.files for name in TOKENIZER_FILES)
+    return replace(plan, target=target, files={**plan.files, **_named_files(evidence, target, own_tokenizer)})
+
+
+def _named_files(evidence: Evidence, target: Target, own_tokenizer: bool) -> dict[str, bytes]:
+    """The adapter under its base's public name, and the card."""
+    config = json.loads(evidence.adapter["adapter_config.json"])
+    named = {**config, "base_model_name_or_path": target.base, "revision": target.base_commit}
+    adapter = {
+        "adapter_config.json": (json.dumps(named, indent=2, sort_keys=True) + "\n").encode(),
+        "adapter_model.safetensors": evidence.adapter["adapter_model.safetensors"],
+    }
+    return {**adapter, "README.md": make_card(evidence, target, adapter, own_tokenizer).encode()}
 
 
 def _wrong_target(evidence: Evidence, target: Target) -> list[LoopError]:

@@ -37,7 +37,7 @@ from loop.hub import (
 )
 from loop.launch import run_command
 from loop.model import causal_lm_of, load_base, without_volatile
-from loop.plan import Plan, make_plan
+from loop.plan import Plan, make_plan, pin
 from loop.source import load_adapter, logits
 
 
@@ -53,9 +53,7 @@ def publish(plan: Plan, evidence: Evidence, verify_logits: bool) -> dict[str, An
         base_commit = check_base(hub, evidence, target, downloads)
         remote = look(hub, target.repo_id, target.revision)
         check_remote(hub, target, remote)
-        plan = make_plan(evidence, replace(target, base_commit=base_commit))
-        plan = with_card_on_hub(hub, plan, remote, downloads)
-        refuse_if_blocked(plan)
+        plan = with_card_on_hub(hub, pin(plan, evidence, base_commit), remote, downloads)
         say_what_changes(plan, target, remote)
         sha = send(hub, plan, remote)
         verify(hub, plan, sha, downloads)

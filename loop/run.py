@@ -17,7 +17,7 @@ from loop.batch import Batch
 from loop.checkpoint import serialise
 from loop.collate import collate
 from loop.config import Config
-from loop.data import Data, load_data
+from loop.data import Data, load_data, tokenizer_sha256
 from loop.errors import ConfigError, DataError, LoopError
 from loop.files import canonical_json, prepare_folder, sha256
 from loop.loss import SummedLoss, check_head
@@ -34,7 +34,6 @@ from loop.model import (
     frozen_layout,
     load_base,
     load_tokenizer,
-    tokenizer_sha256,
 )
 from loop.optim import adamw, warmup
 from loop.order import ORDER_VERSION, num_positions, num_steps

@@ -1,11 +1,11 @@
 """What a text must not carry away from this machine: tokens, keys, passwords, paths, and its names."""
 
 import getpass
+import os
 import re
 import socket
 from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
 
 _SECRETS = {
     "token of the Hub": r"\bhf_[A-Za-z0-9]{16,}",
@@ -15,7 +15,8 @@ _SECRETS = {
     "private key": r"-----BEGIN [A-Z ]*PRIVATE KEY",
     "web token": r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+",
     "password in an address": r"\b(?!mailto:)[\w.+-]+:(?://[^\s/:@]*:)?[^\s/:@]+@[\w-]+\.[\w.-]+|://[^\s/:@]+:[^\s/@]+@",
-    "password": r"(?i)(?:api[_-]?key|secret[_-]?key|auth[_-]?token|password|passwd)['\"]?[ \t]*[:=][ \t]*['\"]?[^\s'\",]{8,}",
+    "password": r"(?i)(?:api[_-]?key|secret[_-]?key|auth[_-]?token|password|passwd)"
+    r"(?:\\?['\"])?[ \t]*[:=][ \t]*(?:\\?['\"])?[^\s'\",]{8,}",
 }
 _PATHS = (
     r"(?<![\w./<>)~\]-])(?:file://|~)?/[\w.@+-]+(?:/[\w.@+-]+)+"
@@ -39,8 +40,8 @@ def findings(name: str, text: str, public: Iterable[str] = (), vocabulary: bool 
     if not vocabulary and machine_names():
         kinds[_NAME] = rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(machine_names(), reverse=True)))})(?!\w)"
     text = _LINE_END.sub(r"\g<0> ", text)
-    words = "|".join(map(re.escape, sorted(public, key=len, reverse=True)))
-    rest = re.sub(rf"(?<![\w-])(?:{words})(?![\w-])", " ", text)
+    words = "|".join(re.escape(word) for word in sorted(public, key=len, reverse=True) if word)
+    rest = re.sub(rf"(?<![\w-])(?:{words})(?![\w-])", " ", text) if words else text
     lines, found = text.split("\n"), []
     for kind, pattern in kinds.items():
         place = text if kind == "absolute path" else rest  # in /home/anna/demo there is no public id anna/demo
@@ -58,8 +59,8 @@ def mask(found: str) -> str:
 
 def machine_names() -> set[str]:
     """The user's and the machine's names, where they are not everybody's."""
-    names = {socket.gethostname(), socket.gethostname().partition(".")[0]}
-    for user in (lambda: Path.home().name, getpass.getuser):
-        with suppress(KeyError, OSError, RuntimeError):  # the list of users has no such number, as in some containers
-            names.add(user())
+    home = os.path.expanduser("~")  # where Path.home() raises, this is a ~
+    names = {os.path.basename(home), socket.gethostname(), socket.gethostname().partition(".")[0]}
+    with suppress(KeyError, OSError):  # no entry for this number in the list of users, as in some containers
+        names.add(getpass.getuser())
     return {name for name in names if len(name) > 2 and name.lower() not in _ANYBODY}

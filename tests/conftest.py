@@ -128,7 +128,7 @@ def ragged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(bloom: Path, ragged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of 6 steps with held-out rows, a sample, and checkpoints after 3 and 6; copy it before a change."""
+    """A finished run of 6 steps: held-out rows, a sample, checkpoints after 3 and 6. To be copied, not changed."""
     from tests.processes import run  # which imports this file in another process
 
     folder = tmp_path_factory.mktemp("finished")

@@ -3,6 +3,7 @@
 Standard library only. It answers what `huggingface_hub`, `transformers`, `peft` and `datasets` ask for over plain http;
 large files go by LFS (`HF_HUB_DISABLE_XET=1`)."""
 
+import atexit
 import base64
 import hashlib
 import json
@@ -19,11 +20,13 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 LARGE = (".safetensors", ".bin", ".parquet", ".model")
-_HELD = socket.socket()  # bound, so that nobody else is given its port, and never listened on
-_HELD.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 _KEY = "LOOP_TESTS_HUB_" + os.environ.get("PYTEST_XDIST_WORKER", "")
-_HELD.bind(("127.0.0.1", int(os.environ.get(_KEY, 0))))
-os.environ[_KEY] = str(_HELD.getsockname()[1])  # what a worker of pytest forks has the same
+if _KEY not in os.environ:  # what a worker of pytest starts has its port, the worker has one of its own
+    _held = socket.socket()  # bound, so that nobody else is given its port, and never listened on
+    _held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    _held.bind(("127.0.0.1", 0))
+    os.environ[_KEY] = str(_held.getsockname()[1])
+    atexit.register(_held.close)
 HUB_URL = f"http://127.0.0.1:{os.environ[_KEY]}"
 """The Hub of every test of this worker: libraries read their endpoint once, when they are imported."""
 Reply = tuple[int, dict[str, str], bytes]

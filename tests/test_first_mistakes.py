@@ -10,12 +10,10 @@ import shlex
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -25,6 +23,7 @@ import torch
 
 from loop.files import lock_folder
 from loop.launch import run_command
+from tests.hub import HUB_URL, Hub, serving
 from tests.processes import run, start
 from tests.test_launcher import launch_words, user_environment
 
@@ -166,7 +165,10 @@ MISTAKES = [
     ),
     Mistake("trust_remote_code", "--trust_remote_code true", 2, "is never run; use a model that transformers has"),
     Mistake(
-        "push_to_hub", "--push_to_hub true", 2, "training never writes to the Hub; afterwards: hf upload OWNER/NAME"
+        "push_to_hub",
+        "--push_to_hub true",
+        2,
+        "training never writes to the Hub; afterwards: python -m loop.publish RUN --repo_id OWNER/NAME",
     ),
     Mistake("report_to", "--report_to wandb", 2, "report_to: RUN/metrics.jsonl and RUN/ledger.jsonl hold every number"),
     Mistake("torch_dtype", "--torch_dtype bfloat16", 2, "torch_dtype: write dtype"),
@@ -573,80 +575,28 @@ def rows(names: tuple[str, ...] = (), alone: bool | None = None) -> list[Any]:
 
 # The Hub, on loopback.
 
-
-class Hub(ThreadingHTTPServer):
-    """Answers like the Hub for owner/public and owner/gated, a copy of `base` each; nothing else exists.
-
-    Who is not logged in may list a gated repository and not open its files."""
-
-    daemon_threads = True
-    commit = "a" * 40
-
-    def __init__(self, base: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.base = base
-        self.requests: list[tuple[str, str | None]] = []  # path and Authorization
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body."""
-        commit, files = {"X-Repo-Commit": self.commit}, {file.name: file for file in self.base.iterdir()}
-        listed = re.fullmatch(r"/api/models/owner/(?:public|gated\w*)(/tree/[^/]+(/.+)?)?", path)
-        wanted = re.fullmatch(r"/owner/(public|gated\w*)/resolve/[^/]+/(.+)", path)
-        if listed and listed[2]:
-            return 404, {"X-Error-Code": "EntryNotFound", **commit}, b"{}"
-        if listed and listed[1]:
-            tree = [{"type": "file", "oid": "0", "size": f.stat().st_size, "path": name} for name, f in files.items()]
-            return 200, {"Content-Type": "application/json"}, json.dumps(tree).encode()
-        if listed:
-            about = {"id": path[12:], "sha": self.commit, "siblings": [{"rfilename": name} for name in files]}
-            return 200, {"Content-Type": "application/json"}, json.dumps(about).encode()
-        if "owner/gated" in path:
-            return 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"}, b"{}"
-        if wanted and wanted[2] in files:
-            return 200, {"ETag": f'"{wanted[2]}"', **commit}, files[wanted[2]].read_bytes()
-        if wanted:
-            return 404, {"X-Error-Code": "EntryNotFound", **commit}, b"{}"
-        return 401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}, b"{}"
-
-
-class Answer(BaseHTTPRequestHandler):
-    server: Hub
-
-    def do_GET(self) -> None:
-        self.server.requests.append((self.path, self.headers.get("Authorization")))
-        status, headers, body = self.server.answer(self.path.partition("?")[0])
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    do_HEAD = do_GET
-
-    def log_message(self, *_: object) -> None:
-        """Silent."""
+COMMIT = "a" * 40
+"""Of the base that `hf download` has left."""
 
 
 @pytest.fixture(scope="module")
 def hub(bloom: Path) -> Iterator[Hub]:
-    server = Hub(bloom)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    """owner/public and gated ones, a copy of `bloom` each: who has no token may list these and not open their files."""
+    with serving(Hub()) as server:
+        server.users[CANARY] = {"name": "owner", "role": "write"}
+        server.put_model("owner/public", bloom)
+        for name in ("owner/gated", "owner/gated_base"):
+            server.put_model(name, bloom, gated=True)
+        server.put_dataset("owner/gated_rows", {"rows.jsonl": ROWS.encode()}).gated = True
+        yield server
 
 
 def downloaded(home: Path, base: Path) -> None:
     """What `hf download owner/gated` leaves behind."""
     repository = home / "hub" / "models--owner--gated"
-    shutil.copytree(base, repository / "snapshots" / Hub.commit)
+    shutil.copytree(base, repository / "snapshots" / COMMIT)
     (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(Hub.commit)
+    (repository / "refs" / "main").write_text(COMMIT)
 
 
 # How a row is played.
@@ -758,7 +708,7 @@ def stage(
     tmp_path_factory: pytest.TempPathFactory, bloom: Path, other_bloom: Path, gpt2: Path, ragged: Path, hub: Hub
 ) -> Stage:
     root = tmp_path_factory.mktemp("first-mistakes")
-    places = {"bloom": bloom, "other_bloom": other_bloom, "gpt2": gpt2, "ragged": ragged, "hub": hub.url}
+    places = {"bloom": bloom, "other_bloom": other_bloom, "gpt2": gpt2, "ragged": ragged, "hub": HUB_URL}
     usual = shlex.split(Template(USUAL).substitute(places, here=root))
     run(usual, root / "finished.log")
     shutil.move(root / "run", root / "finished")
@@ -817,7 +767,7 @@ def test_a_mistake_that_needs_a_process_of_its_own(
 ) -> None:
     outcome = launched(mistake, how)
     assert outcome.codes == [mistake.code], outcome.text
-    asked = [authorization for path, authorization in hub.requests if mistake.typed.split()[-1] in path]
+    asked = [authorization for _, path, authorization in hub.requests if mistake.typed.split()[-1] in path]
     assert (len(asked) > 0) == (mistake.environment == HUB)
     assert not any(asked), "a token was sent"
     assert_answered(stage, mistake, outcome)
@@ -872,7 +822,7 @@ def test_after_hf_download_the_run_goes_on_and_no_token_leaves_the_machine(
     typed = f"--model_name_or_path owner/{name} --max_steps 1"
     outcome = play(stage, Mistake(f"{name} {offline}", typed, 0, "", environment=environment), "python")
     assert outcome.codes == [0], outcome.text
-    asked = [(path, authorization) for path, authorization in hub.requests[before:] if of_this.search(path)]
+    asked = [(path, authorization) for _, path, authorization in hub.requests[before:] if of_this.search(path)]
     assert (asked == []) == (offline == "1")
     assert [path for path, authorization in asked if authorization] == []
     assert CANARY not in outcome.text
