@@ -36,11 +36,17 @@ class Plan:
     left_out: list[str]
     blocked: list[LoopError]
 
+    @property
+    def card(self) -> str:
+        """The card, to be shown; not where something in it must not be."""
+        if any(str(error).startswith("README.md:") for error in self.blocked):
+            return "(not shown: it holds what must not be published, see BLOCKED)"
+        return self.files["README.md"].decode().rstrip()
+
     def as_json(self) -> dict[str, Any]:
         sizes = {name: {"bytes": len(content), "sha256": sha256(content)} for name, content in self.files.items()}
         reasons = {"left_out": self.left_out, "blocked": [str(error) for error in self.blocked]}
-        card = self.files["README.md"].decode()
-        return {**asdict(self.target), "step": self.step, "files": sizes, **reasons, "card": card}
+        return {**asdict(self.target), "step": self.step, "files": sizes, **reasons, "card": self.card}
 
     def lines(self) -> list[str]:
         """For a person. The card is among them, as it would stand on the Hub."""
@@ -57,7 +63,7 @@ class Plan:
                 for name, content in self.files.items()
             ),
             *(f"left out  {name}" for name in self.left_out),
-            f"----- README.md\n{self.files['README.md'].decode().rstrip()}\n-----",
+            f"----- README.md\n{self.card}\n-----",
             *(f"BLOCKED: {error}" for error in self.blocked),
         ]
 

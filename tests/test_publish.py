@@ -441,7 +441,9 @@ def test_hub_that_says_nothing_is_given_up_on(
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "says"), [("http://no-such-host.invalid", "ConnectError"), (HUB_URL.replace("http:", "https:"), "SSL")]
+    ("endpoint", "says"),
+    [("http://no-such-host.invalid", "ConnectError"), (HUB_URL.replace("http:", "https:"), "SSL")],
+    ids=["no such name", "no certificate"],
 )
 def test_hub_that_cannot_be_reached_is_given_up_on(
     endpoint: str, says: str, hub: Hub, publish: Publish, monkeypatch: pytest.MonkeyPatch, waits: list[float]
@@ -541,7 +543,8 @@ def test_secret_in_a_text_refuses_the_push_with_file_and_line_masked(
     assert (done.code, hub.requests) == (2, [])
     assert re.search(rf"BLOCKED: README\.md:\d+: {re.escape(kind)}", done.err)
     assert re.search(rf"BLOCKED: run\.json:\d+: {re.escape(kind)}", done.err)
-    assert secret not in done.err
+    assert secret not in done.err + done.out
+    assert secret not in publish(*NAMED, "--json", "--dry_run").out
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
