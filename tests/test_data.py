@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from loop.config import Config
-from loop.data import Data, Examples, load_data, render
+from loop.data import Data, Examples, load_data, render, tokenizer_sha256
 from loop.errors import DataError, HubError
 from loop.launch import run_command
 from loop.train import main
@@ -649,3 +649,13 @@ def test_a_million_rows_take_no_more_memory_than_a_thousand(tmp_path: Path, toke
         assert read_rows == rows
         peak[rows] = peak_kib / 1024  # without the mapped pages of the cache, which the kernel may take back
     assert peak[1_000_000] - peak[1_000] < 300, f"MiB: {peak}"
+
+
+def test_tokenizer_is_named_by_what_it_does_and_not_by_how_it_was_called(tokenizer: PreTrainedTokenizerBase) -> None:
+    before = tokenizer_sha256(tokenizer)
+    tokenizer(["a", "a longer text"], padding=True, truncation=True, max_length=3)
+    assert tokenizer_sha256(tokenizer) == before
+    tokenizer.chat_template = "{{ messages }}"
+    with_template = tokenizer_sha256(tokenizer)
+    tokenizer.pad_token = "</s>"
+    assert len({before, with_template, tokenizer_sha256(tokenizer)}) == 3

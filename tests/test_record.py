@@ -178,7 +178,8 @@ def test_run_json_says_what_was_trained_on_what_and_what_came_out(finished: Path
     manifest = json.loads(text)
     spelling = json.dumps(manifest["identity"], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     assert manifest["identity_sha256"] == hashlib.sha256(spelling.encode()).hexdigest()
-    assert manifest["base"] == {"name": bloom.name, "commit": None}
+    assert (manifest["base"]["name"], manifest["base"]["commit"]) == (bloom.name, None)
+    assert manifest["data"]["templates"] == ["{text}"]
     assert (manifest["data"]["name"], manifest["data"]["counts"]["rows"]) == ("ragged.jsonl", 40)
     assert (manifest["num_steps"], manifest["identity"]["order_version"]) == (3, 1)
     assert manifest["census"]["trained_parameters"] == 512  # r 2 x (32 + 96) x two layers
@@ -187,6 +188,16 @@ def test_run_json_says_what_was_trained_on_what_and_what_came_out(finished: Path
     last = json.loads((finished / "ledger.jsonl").read_text().splitlines()[-1])
     assert (manifest["result"]["ledger_head"], manifest["result"]["eval_loss"]) == (last["hash"], last["eval_loss"])
     assert not any(str(place.parent) in text for place in (finished, bloom, ragged))
+
+
+def test_run_json_names_the_tokenizer_by_its_rules_special_tokens_and_chat_template(
+    finished: Path, bloom: Path
+) -> None:
+    rules = {**json.loads((bloom / "tokenizer.json").read_text()), "truncation": None, "padding": None}
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    spelling = json.dumps([rules, named, None], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    base = json.loads((finished / "run.json").read_bytes())["base"]
+    assert base["tokenizer_sha256"] == hashlib.sha256(spelling.encode()).hexdigest()
 
 
 def test_run_json_of_another_identity_gives_no_sessions_to_this_one(tmp_path: Path) -> None:

@@ -255,6 +255,7 @@ def test_what_only_looks_like_one_is_left_alone(text: str, around: str) -> None:
 )
 def test_a_public_id_may_stand_there_although_it_contains_a_name(line: str) -> None:
     assert findings("README.md", line, ["anna/demo"]) == []
+    assert findings("README.md", line.replace("anna/demo", "demo/anna"), ["demo", "demo/anna"]) == []
     assert findings("README.md", line) == ["README.md:1: name of a user or machine, an****"]
 
 
@@ -269,7 +270,7 @@ def test_a_public_id_may_stand_there_although_it_contains_a_name(line: str) -> N
         ("hf", HUB_TOKEN, "token of the Hub, hf_a****"),
         ("sk", "sk-" + "aB3-" * 8, "API key, sk-a****"),
         ("a", "anna", "name of a user or machine, an****"),
-        ("", "anna", "name of a user or machine, an****"),
+        ("", "postgresql://carla:geheim12@db/things", "password in an address, ://c****"),
     ],
 )
 def test_a_public_id_hides_nothing_but_itself(public: str, line: str, said: str) -> None:
