@@ -305,17 +305,26 @@ def test_a_checkpoint_of_another_run_is_refused(done: Path, half: Path) -> None:
 # What is no plain file
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["run.json", "config.yaml", "ledger.jsonl", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"],
-)
 @pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symlink", "hard link"])
-def test_a_file_that_is_a_link_is_refused_by_its_name(
-    done: Path, tmp_path: Path, name: str, link: Callable[[Path, Path], None]
+@pytest.mark.parametrize("name", ["run.json", "config.yaml", "ledger.jsonl"])
+@pytest.mark.parametrize("asked", ["", "checkpoints/step-000003"])
+def test_a_file_of_a_run_that_is_a_link_is_refused_by_its_name(
+    done: Path, tmp_path: Path, asked: str, name: str, link: Callable[[Path, Path], None]
 ) -> None:
     (done / name).rename(tmp_path / "elsewhere")
     link(tmp_path / "elsewhere", done / name)
-    assert re.fullmatch(rf"{done / name}: .*expected a regular file", refused(done))
+    assert re.fullmatch(rf"{done / name}: .*expected a regular file", refused(done / asked))
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symlink", "hard link"])
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_file_of_the_adapter_that_is_a_link_is_refused_by_its_name(
+    done: Path, tmp_path: Path, name: str, link: Callable[[Path, Path], None]
+) -> None:
+    path = done / "adapter" / name
+    path.rename(tmp_path / "elsewhere")
+    link(tmp_path / "elsewhere", path)
+    assert re.fullmatch(rf"{path}: .*expected a regular file", refused(done))
 
 
 @pytest.mark.parametrize(
