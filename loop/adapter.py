@@ -19,10 +19,14 @@ _TENSOR = re.compile(
 
 def check_adapter(files: dict[str, bytes], run: dict[str, Any]) -> None:
     """Raises: CheckpointError that names the first tensor or key which is not as `run.json` says."""
+    content = files["adapter_model.safetensors"]
     try:
-        tensors = load_safetensors(files["adapter_model.safetensors"])
+        tensors = load_safetensors(content)
     except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
         raise CheckpointError(f"adapter_model.safetensors: not safetensors: {error}") from error
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    if header.get("__metadata__", {}) not in ({}, {"format": "pt"}):
+        raise CheckpointError("adapter_model.safetensors: holds other metadata than its format")
     config = _check_config(files["adapter_config.json"], run)
     for name, tensor in tensors.items():
         parts = _TENSOR.fullmatch(name)
@@ -48,12 +52,20 @@ def _moved(name: str, tensor: Tensor) -> bool:
     return ".lora_B" in name and bool(tensor.any())
 
 
+def read_adapter_config(content: bytes) -> dict[str, Any]:
+    """Raises: CheckpointError unless it is a JSON object."""
+    try:
+        config = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"adapter_config.json: not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"adapter_config.json: found a {type(config).__name__}, expected an object")
+    return config
+
+
 def _check_config(content: bytes, run: dict[str, Any]) -> dict[str, Any]:
     """`adapter_config.json`, if each of its values follows from the run. A key of another PEFT has to be empty."""
-    try:
-        found: dict[str, Any] = dict(json.loads(content))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"adapter_config.json: not JSON: {error}") from error
+    found = read_adapter_config(content)
     identity, base = run["identity"], run["base"]
     lora = LoraConfig(
         task_type="CAUSAL_LM",

@@ -9,13 +9,16 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from loop import __version__
 from loop.config import config_yaml
 from loop.errors import HubError
 from loop.evidence import Evidence
 from loop.files import sha256
 from loop.record import perplexity
+from loop.sample import NO_REPEAT, SAMPLE_TOKENS
 
-START, END = "<!-- loop.publish: generated from here -->", "<!-- loop.publish: generated to here -->"
+START = "<!-- loop.publish: generated from here; edits below are overwritten -->"
+END = "<!-- loop.publish: generated to here; edits below are kept -->"
 BLOOM_LICENCE = "bigscience-bloom-rail-1.0"
 _FACTS = ("library_name", "base_model", "base_model_relation", "datasets", "license", "pipeline_tag", "model-index")
 """Metadata that follow from the run or were asked for. The others keep what was written on the Hub."""
@@ -48,9 +51,9 @@ def make_card(evidence: Evidence, target: Target, adapter: dict[str, bytes], own
     data, counts, census = run["data"], run["data"]["counts"], run["census"]
     dataset_id = data["name"] if data["commit"] else None
     sent = {**adapter, "ledger.jsonl": evidence.ledger, "run.json": evidence.run_json}
-    sessions = [session for session in run["sessions"] if session["first_step"] <= evidence.step]
+    sessions = [s for s in run["sessions"] if s["first_step"] < max(1, evidence.step)] or run["sessions"][:1]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(sessions[-1]["versions"].items()))
-    finished = evidence.step == run["num_steps"]
+    finished = "result" in run and evidence.step == run["num_steps"]
     samples = {of: run.get("samples", {}).get(of) for of in ("base", "adapter")} if finished else {}
     card = ModelCard.from_template(
         _metadata(evidence, target, dataset_id),
@@ -71,9 +74,16 @@ def make_card(evidence: Evidence, target: Target, adapter: dict[str, bytes], own
         counts=counts,
         step=evidence.step,
         num_steps=run["num_steps"],
+        finished=finished,
+        measured=_measured(evidence),
         config=config,
         prompt=repr(config.sample_prompt or "The"),
         evaluations=[(done, loss, f"{perplexity(loss):,.1f}") for done, loss in evidence.evaluations],
+        loop_version=__version__,
+        lora=_lora(run["identity"]),
+        license=BLOOM_LICENCE if target.is_bloom else target.license,
+        sample_tokens=SAMPLE_TOKENS,
+        no_repeat=NO_REPEAT,
         samples=[(of, _quote(text)) for of, text in samples.items() if text],
         templates=" -> ".join(_cell(template) for template in data["templates"]),
         identity=run["identity"],
@@ -88,20 +98,24 @@ def make_card(evidence: Evidence, target: Target, adapter: dict[str, bytes], own
         recipe=_recipe(evidence, target),
         command=_command(sessions[-1], run["identity"]["mixed_precision"]),
         session=sessions[-1],
-        versions=versions,
+        versions=_cell(versions),
+        device=_cell(sessions[-1]["device"]),
         not_bit_exact=[_cell(f"from step {s['first_step']}: {line}") for s in sessions for line in s["not_bit_exact"]],
     )
     return str(card)
 
 
 def merge_cards(new: str, on_hub: str) -> str:
-    """The card on the Hub with its generated part replaced; edits by hand around it and in its metadata stay.
+    """The card on the Hub with its generated part replaced, and those of its metadata that follow from the run.
 
-    A card that this program did not make gets the part at its end. Raises: HubError where the marks are broken."""
+    A card that this program did not make gets the part at its end. Raises: HubError where it cannot be read."""
     try:
-        old, card = ModelCard(on_hub, ignore_metadata_errors=True), ModelCard(new)
-    except (ValueError, yaml.YAMLError) as error:
+        return _merge(ModelCard(new), ModelCard(on_hub, ignore_metadata_errors=True))
+    except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise HubError(f"README.md on the Hub: its metadata cannot be read: {error}; correct it there") from error
+
+
+def _merge(card: ModelCard, old: ModelCard) -> str:
     begin, end = old.text.find(START), old.text.rfind(END)
     generated = card.text[card.text.index(START) : card.text.rindex(END) + len(END)]
     if old.text.count(START) > 1 or (begin < 0) != (end < 0) or end < begin:
@@ -119,8 +133,8 @@ def merge_cards(new: str, on_hub: str) -> str:
 
 def _metadata(evidence: Evidence, target: Target, dataset_id: str | None) -> ModelCardData:
     name, data = target.repo_id.partition("/")[2], evidence.run["data"]
-    losses = [("base", evidence.evaluations[:1]), ("adapter", evidence.evaluations[1:][-1:])]
-    measured = [
+    losses = [("base", evidence.evaluations[:1]), ("adapter", evidence.evaluations[-1:] * _measured(evidence))]
+    results = [
         EvalResult(
             task_type="text-generation",
             dataset_type=dataset_id or data["name"],
@@ -144,9 +158,20 @@ def _metadata(evidence: Evidence, target: Target, dataset_id: str | None) -> Mod
         language=target.language,
         pipeline_tag="text-generation",
         tags=[f"base_model:adapter:{target.base}", "lora", "transformers"],
-        model_name=name if measured else None,
-        eval_results=measured or None,
+        model_name=name if results else None,
+        eval_results=results or None,
     )
+
+
+def _measured(evidence: Evidence) -> bool:
+    """Whether the held-out loss was taken of this very state of the adapter."""
+    return len(evidence.evaluations) > 1 and evidence.evaluations[-1][0] == evidence.step
+
+
+def _lora(identity: dict[str, Any]) -> str:
+    kind = "DoRA" if identity["use_dora"] else "rsLoRA" if identity["use_rslora"] else "LoRA"
+    numbers = f"r={identity['lora_r']}, alpha {identity['lora_alpha']}, dropout {identity['lora_dropout']:g}"
+    return f"{kind}, {numbers}, on {', '.join(identity['lora_target_modules'])}"
 
 
 def _recipe(evidence: Evidence, target: Target) -> str:
@@ -171,7 +196,7 @@ def _command(session: dict[str, Any], precision: str) -> str:
 
 def _cell(text: str) -> str:
     """Text for a cell of a table: nothing in it is Markdown or HTML."""
-    return html.escape(repr(text)[1:-1], quote=False).replace("|", "\\|").replace("`", "\\`")
+    return html.escape(repr(text)[1:-1], quote=False).replace("|", "&#124;")
 
 
 def _quote(text: str) -> str:

@@ -9,14 +9,12 @@ from loop.checkpoint import list_checkpoints, read_checkpoint
 from loop.config import Config, parse_command_line
 from loop.errors import CheckpointError, ConfigError
 from loop.files import canonical_json, differences, read_regular_file, sha256
-from loop.ledger import LedgerPosition, read_ledger
-from loop.record import read_run
+from loop.ledger import LedgerPosition, verify_ledger
+from loop.manifest import parse_manifest
 from loop.source import find_run
 
 _LIMIT = 1 << 40
 """Bytes; larger than any file of a run, so that only what a file is can refuse it."""
-
-_NEEDED = {"base": {"name", "commit", "tokenizer_sha256"}, "data": {"name", "commit", "counts", "templates"}}
 
 
 @dataclass(frozen=True)
@@ -48,14 +46,9 @@ def read_evidence(asked: Path) -> Evidence:
     if folder is None:
         raise ConfigError(f"{asked}: found no run there; expected RUN or RUN/checkpoints/step-N")
     run_json = read_regular_file(folder / "run.json", _LIMIT)
-    run = read_run(folder / "run.json")
-    identity, start = run.get("identity"), run.get("identity_sha256", "")
-    lacks = [f"{part}.{key}" for part, keys in _NEEDED.items() for key in sorted(keys) if key not in run.get(part, {})]
-    if lacks:
-        raise CheckpointError(
-            f"{folder / 'run.json'}: has no {', '.join(lacks)}; an older version of the loop wrote it"
-        )
-    if not isinstance(identity, dict) or sha256(canonical_json(identity)) != start:
+    run = parse_manifest(run_json, folder / "run.json")
+    identity, start = run["identity"], run["identity_sha256"]
+    if sha256(canonical_json(identity)) != start:
         raise CheckpointError(f"{folder / 'run.json'}: its identity does not have the sha256 that it states")
     if asked.resolve().parent == folder.resolve() / "checkpoints":
         checkpoint = read_checkpoint(asked)
@@ -73,8 +66,11 @@ def read_evidence(asked: Path) -> Evidence:
     if changed:
         raise CheckpointError(f"{folder / 'config.yaml'}: changed since the run: {'; '.join(changed)}")
     sources = dict(re.findall(r"^(\w+): .*  # (\w+)$", text, flags=re.MULTILINE))
-    entries = read_ledger(folder / "ledger.jsonl", start, position)
     ledger = read_regular_file(folder / "ledger.jsonl", _LIMIT)[: position.bytes]
+    entries = verify_ledger(ledger, folder / "ledger.jsonl", start, position)
+    steps = sum("rows" in entry for entry in entries)
+    if steps != step:
+        raise CheckpointError(f"{folder / 'ledger.jsonl'}: has {steps} steps, {step} are stated")
     return Evidence(folder, step, config, sources, run, run_json, ledger, entries, position.head, adapter)
 
 

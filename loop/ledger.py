@@ -55,10 +55,14 @@ def chained_line(entry: dict[str, Any], previous: str) -> tuple[bytes, str]:
 
 
 def read_ledger(path: Path, start: str, end: LedgerPosition) -> list[dict[str, Any]]:
-    """The entries up to `end`, if their chain leads there from `start`, the identity's sha256.
+    """The entries of a file up to `end`, if their chain leads there. Raises: CheckpointError."""
+    return verify_ledger(path.read_bytes()[: end.bytes] if path.is_file() else b"", path, start, end)
+
+
+def verify_ledger(content: bytes, path: Path, start: str, end: LedgerPosition) -> list[dict[str, Any]]:
+    """The entries of these bytes, if their chain leads from `start`, the identity's sha256, to `end`.
 
     Raises: CheckpointError that names the first line that does not follow."""
-    content = path.read_bytes()[: end.bytes] if path.is_file() else b""
     entries, head = [], start
     for number, line in enumerate(content.splitlines(keepends=True), start=1):
         try:

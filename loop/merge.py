@@ -6,8 +6,10 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -21,8 +23,17 @@ SHARD = "5GB"
 """Of the written model; what engines and the Hub's own tools expect."""
 
 
-def merge(source: Source, output: Path) -> float:
-    """Write base and adapter as one model; return the largest difference of its logits from those unmerged.
+class Comparison(NamedTuple):
+    """Logits of the merged model beside those of base and adapter."""
+
+    largest_difference: float
+    largest_logit: float
+    same_choice: int  # places of `places` where the likeliest token is the same
+    places: int
+
+
+def merge(source: Source, output: Path) -> Comparison:
+    """Write base and adapter as one model, read it again, and compare.
 
     The base is loaded unquantised, whatever it was trained in. Raises: ConfigError if `output` is there already;
     EnvironmentFault if the disk refuses, and then nothing is left of it."""
@@ -44,13 +55,18 @@ def merge(source: Source, output: Path) -> float:
         temporary.mkdir(parents=True)
         merged.save_pretrained(temporary, max_shard_size=SHARD)
         load_tokenizer(config).save_pretrained(temporary)
+        for path in temporary.glob("*.safetensors"):
+            shutil.copymode(temporary / "config.json", path)  # the library writes these for the owner alone
         again = load_base(replace(config, model_name_or_path=str(temporary), model_revision=None), device).eval()
-        difference = float((logits(again) - unmerged).abs().max())
+        found = logits(again)
         temporary.rename(output)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        words = error.strerror if isinstance(error, OSError) else str(error)
+        raise EnvironmentFault(f"--output: {output}: {words}; nothing was written") from error
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise EnvironmentFault(f"--output: {output}: {error.strerror or error}; nothing was written") from error
-    return difference
+    same = int((found.argmax(-1) == unmerged.argmax(-1)).sum())
+    return Comparison(float((found - unmerged).abs().max()), float(unmerged.abs().max()), same, len(found))
 
 
 def parse_options(argv: list[str]) -> argparse.Namespace:
@@ -73,9 +89,11 @@ def main(argv: list[str]) -> None:
     if source.adapter is None:
         raise ConfigError(f"{options.run}: found a model and no run; expected RUN or RUN/checkpoints/step-N")
     source = replace(source, config=replace(source.config, dtype=options.dtype or source.config.dtype))
-    difference = merge(source, options.output)
+    compared = merge(source, options.output)
     print(f"merged     {source.config.model_name_or_path} and {source.adapter}, {source.config.dtype}")
-    print(f"logits     differ from those unmerged by at most {difference:.3g}")
+    largest = f"{compared.largest_difference:.3g}, where they reach {compared.largest_logit:.3g}"
+    choice = f"the likeliest token is the same at {compared.same_choice} of {compared.places} places"
+    print(f"logits     differ from those unmerged by at most {largest}; {choice}")
     print(f"written    {options.output}")
 
 

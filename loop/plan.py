@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,12 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
-from loop.adapter import check_adapter
+from loop.adapter import check_adapter, read_adapter_config
 from loop.card import BLOOM_LICENCE, Target, make_card
 from loop.data import tokenizer_sha256
 from loop.errors import CheckpointError, ConfigError, HubError, LoopError
 from loop.evidence import Evidence
-from loop.files import read_regular_file, sha256
+from loop.files import sha256
 from loop.model import load_tokenizer
 from loop.scan import findings
 
@@ -23,7 +24,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "tokenizer.model", "vocab.json", "merges.txt",
 )  # fmt: skip
-_LIMIT = 1 << 30
+_VOCABULARIES = {"tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model"}
 
 
 @dataclass(frozen=True)
@@ -43,33 +44,42 @@ class Plan:
             return "(not shown: it holds what must not be published, see BLOCKED)"
         return self.files["README.md"].decode().rstrip()
 
+    @property
+    def sizes(self) -> dict[str, dict[str, Any]]:
+        """`bytes` and `sha256` of each file."""
+        return {name: {"bytes": len(content), "sha256": sha256(content)} for name, content in self.files.items()}
+
     def as_json(self) -> dict[str, Any]:
-        sizes = {name: {"bytes": len(content), "sha256": sha256(content)} for name, content in self.files.items()}
         reasons = {"left_out": self.left_out, "blocked": [str(error) for error in self.blocked]}
-        return {**asdict(self.target), "step": self.step, "files": sizes, **reasons, "card": self.card}
+        return {**asdict(self.target), "step": self.step, "files": self.sizes, **reasons, "card": self.card}
 
     def lines(self) -> list[str]:
-        """For a person. The card is among them, as it would stand on the Hub."""
-        target, pinned = self.target, self.target.base_commit or "a commit that is looked up before anything is sent"
+        """For a person: the card as it would stand on the Hub, then what becomes of each file."""
+        target, pinned = (
+            self.target,
+            self.target.base_commit or "main, whose commit is looked up before anything is sent",
+        )
         where = f"{target.repo_id}{f', branch {target.revision}' if target.revision else ''}"
         how = f"{'public' if target.public else 'private'}{', as a pull request' if target.create_pr else ''}"
         changing = () if target.base_commit else ("adapter_config.json", "README.md")
         return [
+            f"----- README.md\n{self.card}\n-----",
             f"to        {where}, {how}",
             f"base      {target.base} at {pinned}",
             *(
                 f"send      {name}: {len(content):,} bytes, "
-                f"sha256 {'not known before that commit is' if name in changing else sha256(content)}"
+                f"sha256 {'depends on that commit' if name in changing else sha256(content)}"
                 for name, content in self.files.items()
             ),
             *(f"left out  {name}" for name in self.left_out),
-            f"----- README.md\n{self.card}\n-----",
-            *(f"BLOCKED: {error}" for error in self.blocked),
         ]
 
 
 def make_plan(evidence: Evidence, target: Target) -> Plan:
-    """The plan of publishing this state of a run to `target`. Uses no network, writes nothing."""
+    """The plan of publishing this state of a run to `target`. Uses no network, writes nothing.
+
+    Raises: CheckpointError if the adapter's config is no JSON."""
+    read_adapter_config(evidence.adapter["adapter_config.json"])
     blocked = [*_wrong_target(evidence, target), *_odd_entries(evidence.folder / "adapter")]
     try:
         check_adapter(evidence.adapter, evidence.run)
@@ -83,10 +93,11 @@ def make_plan(evidence: Evidence, target: Target) -> Plan:
     proofs = {"ledger.jsonl": evidence.ledger, "run.json": evidence.run_json} if target.evidence else {}
     files = {**_named_files(evidence, target, bool(tokenizer)), **tokenizer, **proofs}
     public = [target.repo_id, target.base, evidence.run["data"]["name"]]
+    wrong_id = any(isinstance(error, HubError) for error in blocked)  # a path in its place is not the card's fault
     for name, content in files.items():
-        if not name.endswith(".safetensors"):
+        if not (name.endswith(".safetensors") or (wrong_id and name == "README.md")):
             text = content.decode(errors="replace")
-            found = findings(name, text, public, vocabulary=name in TOKENIZER_FILES)
+            found = findings(name, text, public, vocabulary=name in _VOCABULARIES)
             blocked += [ConfigError(f"{line}; remove it where it comes from") for line in found]
     return Plan(target, evidence.step, files, _left_out(evidence, files), blocked)
 
@@ -117,7 +128,8 @@ def _wrong_target(evidence: Evidence, target: Target) -> list[LoopError]:
             ways = f"trained on {trained['name']} at {trained['commit']}; leave it out"
             errors.append(ConfigError(f"--base_model: found {target.base}, the run was {ways}"))
     elif target.base == trained["name"]:
-        ways = "name it with --base_model OWNER/NAME, where its files are on the Hub"
+        ways = "name it with --base_model OWNER/BASE"
+        ways += f"; if it is not on the Hub yet: hf upload OWNER/BASE {evidence.config.model_name_or_path}"
         errors.append(ConfigError(f"the base is a local folder ({trained['name']}), {ways}"))
     else:
         errors += _wrong_id("--base_model", target.base)
@@ -130,6 +142,10 @@ def _wrong_target(evidence: Evidence, target: Target) -> list[LoopError]:
         errors.append(ConfigError("no licence is recorded: write --license ID, as the base's card and the data allow"))
     if target.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", target.license):
         errors.append(ConfigError(f"--license: found {target.license!r}, expected an id such as apache-2.0"))
+    if target.revision is not None and (".." in target.revision or not re.fullmatch(r"\w[\w./-]*", target.revision)):
+        errors.append(ConfigError(f"--revision: found {target.revision!r}, expected the name of a branch"))
+    if target.tag is not None and not re.fullmatch(r"\w[\w.-]*", target.tag):
+        errors.append(ConfigError(f"--tag: found {target.tag!r}, expected letters, digits, dots and dashes"))
     if target.language is not None and not re.fullmatch(r"[a-z]{2,3}|code|multilingual", target.language):
         errors.append(ConfigError(f"--language: found {target.language!r}, expected a code such as en"))
     return errors
@@ -147,7 +163,7 @@ def _wrong_id(flag: str, name: str) -> list[LoopError]:
 
 def _odd_entries(folder: Path) -> list[LoopError]:
     """Links, special files and names that may be taken for another, in the folder that is published."""
-    odd = []
+    odd = [CheckpointError("adapter/ is a link to another folder; put the folder itself there")] * folder.is_symlink()
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name) if folder.is_dir() else []:
         plain = entry.is_file(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_nlink == 1
         if not plain and not entry.is_dir(follow_symlinks=False):
@@ -160,15 +176,21 @@ def _odd_entries(folder: Path) -> list[LoopError]:
 def _tokenizer_files(evidence: Evidence) -> dict[str, bytes]:
     """The tokenizer that training used, where it came from a folder: nothing says that the base's id has the same.
 
-    Raises: LoopError where the folder no longer has it."""
+    Written anew by the library, so that nothing else of that folder is sent. Raises: LoopError if it is gone."""
     folder = Path(evidence.config.model_name_or_path)
     if evidence.run["base"]["commit"] is not None:
         return {}
     if not folder.is_dir():
         raise ConfigError(f"the tokenizer: {folder.name}, the folder that the run read it from, is not there any more")
-    if tokenizer_sha256(load_tokenizer(evidence.config)) != evidence.run["base"]["tokenizer_sha256"]:
+    try:
+        tokenizer = load_tokenizer(evidence.config)
+    except (AttributeError, TypeError) as error:  # the library's, of a file that holds JSON of another kind
+        raise ConfigError(f"the tokenizer in {folder.name} cannot be read: {error}") from error
+    if tokenizer_sha256(tokenizer) != evidence.run["base"]["tokenizer_sha256"]:
         raise ConfigError(f"the tokenizer in {folder.name} is not the one that the run used; restore it")
-    return {name: read_regular_file(folder / name, _LIMIT) for name in TOKENIZER_FILES if (folder / name).exists()}
+    with tempfile.TemporaryDirectory(prefix="loop-publish-") as name:
+        tokenizer.save_pretrained(name)
+        return {path.name: path.read_bytes() for path in sorted(Path(name).iterdir()) if path.name in TOKENIZER_FILES}
 
 
 def _left_out(evidence: Evidence, files: dict[str, bytes]) -> list[str]:

@@ -4,26 +4,35 @@ Plan, one commit, and everything downloaded again and compared before it says th
 reads a token or writes to the network. `--dry_run` ends after the plan and needs neither."""
 
 import argparse
+import io
 import json
+import os
+import signal
 import sys
 import tempfile
-from dataclasses import replace
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from peft import PeftConfig
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from loop.card import Target, merge_cards
 from loop.config import CommandParser, underscored
-from loop.errors import HubError
+from loop.errors import ConfigError, EnvironmentFault, HubError, Stopped
 from loop.evidence import Evidence, read_evidence
 from loop.files import canonical_json, replace_file, sha256
 from loop.hub import (
     Hub,
     Remote,
+    Sent,
+    check_card,
     commit,
     connect,
     create,
@@ -44,8 +53,7 @@ from loop.source import load_adapter, logits
 def publish(plan: Plan, evidence: Evidence, verify_logits: bool) -> dict[str, Any]:
     """Send what is planned, verify it, and return what `RUN/published.json` says.
 
-    Raises: the first of what blocks it, with all of it in the message; HubError."""
-    refuse_if_blocked(plan)
+    Raises: HubError; Stopped where a signal ended it."""
     hub = connect()
     target = plan.target
     with tempfile.TemporaryDirectory(prefix="loop-publish-") as name:
@@ -54,24 +62,26 @@ def publish(plan: Plan, evidence: Evidence, verify_logits: bool) -> dict[str, An
         remote = look(hub, target.repo_id, target.revision)
         check_remote(hub, target, remote)
         plan = with_card_on_hub(hub, pin(plan, evidence, base_commit), remote, downloads)
+        check_card(hub, plan.files["README.md"].decode())
         say_what_changes(plan, target, remote)
-        sha = send(hub, plan, remote)
-        verify(hub, plan, sha, downloads)
-        if verify_logits:
-            check_logits(hub, plan, evidence, sha)
+        base = load_base_on_hub(plan, evidence) if verify_logits else None  # before anything is sent
+        sent = send(hub, plan, remote)
+        adapter = verify(hub, plan, sent, downloads)
+        if base is not None:
+            check_logits(base, adapter, evidence)
     if target.tag is not None:
-        tag_commit(hub, target.repo_id, target.tag, sha)
-    files = {name: {"bytes": len(content), "sha256": sha256(content)} for name, content in plan.files.items()}
-    place = {"repo_id": target.repo_id, "commit": sha, "url": f"{hub.api.endpoint}/{target.repo_id}/tree/{sha}"}
-    base = {"base_model": target.base, "base_commit": base_commit, "revision": target.revision, "tag": target.tag}
-    return {**place, **base, "step": plan.step, "files": files}
+        tag_commit(hub, target.repo_id, target.tag, sent.commit)
+    place = {"repo_id": target.repo_id, "url": f"{hub.api.endpoint}/{target.repo_id}", **asdict(sent)}
+    place |= {"public": target.public, "revision": target.revision, "tag": target.tag}
+    about = {"base_model": target.base, "base_commit": base_commit, "step": plan.step, "files": plan.sizes}
+    return {**place, **about, "published": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
 def refuse_if_blocked(plan: Plan) -> None:
     """Raises: the kind of the first reason, with all reasons; nothing has left the machine."""
     if plan.blocked:
         reasons = "\n".join(f"BLOCKED: {error}" for error in plan.blocked)
-        raise type(plan.blocked[0])(f"{reasons}\nnothing was sent: {len(plan.blocked)} thing(s) speak against it")
+        raise type(plan.blocked[0])(f"nothing was sent, because of {len(plan.blocked)}:\n{reasons}")
 
 
 def check_base(hub: Hub, evidence: Evidence, target: Target, folder: Path) -> str:
@@ -81,10 +91,10 @@ def check_base(hub: Hub, evidence: Evidence, target: Target, folder: Path) -> st
         raise HubError(
             f"the base {target.base} at {target.base_commit or 'main'}: not on the Hub, or not for this token"
         )
-    content = fetch(hub, target.base, "config.json", remote.head, folder)
+    path = fetch(hub, target.base, "config.json", remote.head, folder)
     try:
-        found = sha256(canonical_json(without_volatile(json.loads(content or b"{}"))))
-    except (ValueError, TypeError, AttributeError):
+        found = sha256(canonical_json(without_volatile(json.loads(path.read_bytes() if path else b"{}"))))
+    except (ValueError, TypeError, AttributeError, RecursionError):
         found = "no config"
     if found != evidence.run["identity"]["base_config_sha256"]:
         raise HubError(f"the base {target.base} at {remote.head}: its config.json is not that of the base trained on")
@@ -112,10 +122,10 @@ def with_card_on_hub(hub: Hub, plan: Plan, remote: Remote | None, folder: Path) 
     """The plan with the card's hand-written part as it is on the Hub."""
     if remote is None or "README.md" not in remote.oids:
         return plan
-    content = fetch(hub, plan.target.repo_id, "README.md", remote.head, folder)
-    if content is None:
+    path = fetch(hub, plan.target.repo_id, "README.md", remote.head, folder)
+    if path is None:
         return plan
-    card = merge_cards(plan.files["README.md"].decode(), content.decode(errors="replace"))
+    card = merge_cards(plan.files["README.md"].decode(), path.read_bytes().decode(errors="replace"))
     return replace(plan, files={**plan.files, "README.md": card.encode()})
 
 
@@ -123,81 +133,101 @@ def say_what_changes(plan: Plan, asked: Target, remote: Remote | None) -> None:
     """What the plan could not know before it had asked the Hub."""
     lines = []
     if remote is None:
-        lines.append(f"on the Hub: no {plan.target.repo_id} yet; it is made now")
+        lines.append(f"Hub       no {asked.repo_id} yet: it is made now")
+    elif remote.head is None:
+        lines.append(f"Hub       {asked.repo_id} has no branch {asked.revision} yet: it is made now, from main")
     else:
         others = sorted(remote.oids.keys() - plan.files.keys())
         left = f"; left as they are: {', '.join(others)}" if others else ""
-        lines.append(f"on the Hub: {plan.target.repo_id} at {remote.head}{left}")
+        lines.append(f"Hub       {asked.repo_id} at {remote.head}{left}")
     if asked.base_commit is None:
-        lines.append(f"base      {plan.target.base} at {plan.target.base_commit}")
-    changed = ("adapter_config.json", "README.md") if asked.base_commit is None or remote else ()
-    for name in changed:
-        lines.append(f"send      {name}: {len(plan.files[name]):,} bytes, sha256 {sha256(plan.files[name])}")
+        lines.append(f"base      {asked.base} at {plan.target.base_commit}")
+    if remote is None or not remote.holds(plan.files):
+        changed = ("adapter_config.json", "README.md") if asked.base_commit is None else ("README.md",)
+        for name in changed:
+            lines.append(f"send      {name}: {len(plan.files[name]):,} bytes, sha256 {sha256(plan.files[name])}")
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def send(hub: Hub, plan: Plan, remote: Remote | None) -> str:
-    """The commit that holds the plan's files: the one that is there already, or a new one. Raises: HubError."""
+def send(hub: Hub, plan: Plan, remote: Remote | None) -> Sent:
+    """The commit that holds the plan's files: one that is there already, or a new one. Raises: HubError."""
     target = plan.target
     if remote is None:
         create(hub, target.repo_id, target.public)
     elif target.revision is not None and remote.head is None:
         create_branch(hub, target.repo_id, target.revision)
     if remote is None or remote.head is None:
-        remote = look(hub, target.repo_id, target.revision)
+        was_none, remote = remote is None, look(hub, target.repo_id, target.revision)
         if remote is None or remote.private == target.public:
             raise HubError(f"{target.repo_id}: made, but not as asked; look at its page")
-    there = remote.head if remote.holds(plan.files) else None
+        if was_none and not remote.oids.keys() <= {".gitattributes"}:
+            raise HubError(f"{target.repo_id} was made by somebody else meanwhile, and has files; run it again")
+    there = Sent(remote.head) if remote.head is not None and remote.holds(plan.files) else None
     if there is None and target.create_pr:
         there = open_pull_request(hub, target.repo_id, plan.files)
-    if target.tag is not None and tagged(hub, target.repo_id, target.tag) not in (None, there):
+    if target.tag is not None and tagged(hub, target.repo_id, target.tag) not in (None, there and there.commit):
         raise HubError(f"--tag: {target.tag} is another commit already; choose another name; nothing was committed")
     if there is not None:
-        print(f"already there, at {there}: nothing was sent", file=sys.stderr, flush=True)
+        print(f"Hub       all of it is there already, at {there.commit}: nothing was sent", file=sys.stderr, flush=True)
         return there
     message = f"LoRA adapter after {plan.step} steps"
     return commit(hub, target.repo_id, plan.files, remote, target.revision, target.create_pr, message)
 
 
-def verify(hub: Hub, plan: Plan, sha: str, folder: Path) -> None:
-    """Download everything at that commit and compare it; load the config by its id. Raises: HubError."""
-    target = plan.target
+def verify(hub: Hub, plan: Plan, sent: Sent, folder: Path) -> Path:
+    """Download everything at the commit and compare it; the folder where it lies. Raises: HubError."""
+    target, here = plan.target, f"{plan.target.repo_id} at {sent.commit}"
+    there = folder
     for name, content in plan.files.items():
-        found = fetch(hub, target.repo_id, name, sha, folder)
+        path = fetch(hub, target.repo_id, name, sent.commit, folder)
+        found = path.read_bytes() if path else None
+        there = path.parent if path else there
         if found != content:
             served = "no such file" if found is None else f"sha256 {sha256(found)}"
-            expected = f"expected {sha256(content)}; do not use this commit"
-            raise HubError(f"{target.repo_id} at {sha}: {name} is served as {served}, {expected}")
+            raise HubError(f"{here}: {name} is served as {served}, expected {sha256(content)}; do not use this commit")
     config = patiently(
         hub,
         f"load {target.repo_id}",
-        lambda: PeftConfig.from_pretrained(target.repo_id, revision=sha, token=hub.token, cache_dir=folder),
+        lambda: PeftConfig.from_pretrained(target.repo_id, revision=sent.commit, token=hub.token, cache_dir=folder),
     )
     if (config.base_model_name_or_path, config.revision) != (target.base, target.base_commit):
-        raise HubError(f"{target.repo_id} at {sha}: PEFT reads the base {config.base_model_name_or_path} from it")
+        raise HubError(f"{here}: PEFT reads the base {config.base_model_name_or_path} from it")
+    now = look(hub, target.repo_id, target.revision)
+    if now is None or now.private == target.public or not (sent.pull_request or now.holds(plan.files)):
+        raise HubError(f"{here}: the repository was changed while it was verified; look at its page")
+    return there
 
 
-def check_logits(hub: Hub, plan: Plan, evidence: Evidence, sha: str) -> None:
+def load_base_on_hub(plan: Plan, evidence: Evidence) -> PreTrainedModel:
+    """The base by its Hub id, as the run loaded its own; without a token, as whoever reads the card would.
+
+    Raises: HubError."""
+    config = replace(evidence.config, model_name_or_path=plan.target.base, model_revision=plan.target.base_commit)
+    model = load_base(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model.eval()
+    return model
+
+
+def check_logits(base_on_hub: PreTrainedModel, adapter_on_hub: Path, evidence: Evidence) -> None:
     """Base and adapter from the Hub give the logits that they give here. Raises: HubError."""
-    target, device = plan.target, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    there = logits(causal_lm_of(load_adapter(base_on_hub, adapter_on_hub)))
     with tempfile.TemporaryDirectory(prefix="loop-publish-") as name:
         for file, content in evidence.adapter.items():
             (Path(name) / file).write_bytes(content)
-        here = logits(causal_lm_of(load_adapter(load_base(evidence.config, device).eval(), Path(name))))
-    on_hub = replace(evidence.config, model_name_or_path=target.base, model_revision=target.base_commit)
-    base = load_base(on_hub, device).eval()
-    there = logits(causal_lm_of(load_adapter(base, target.repo_id, revision=sha, token=hub.token)))
+        here = logits(causal_lm_of(load_adapter(load_base(evidence.config, base_on_hub.device).eval(), Path(name))))
     if not torch.equal(here, there):
         largest = f"{(here - there).abs().max():.3g}"
-        raise HubError(f"{target.repo_id} at {sha}: logits differ from the run's by up to {largest}; do not use it")
-    print("logits     base and adapter from the Hub give the same as here, bit for bit", file=sys.stderr, flush=True)
+        raise HubError(
+            f"logits from the Hub differ from the run's by up to {largest}: it is another base; do not use it"
+        )
+    print("logits    base and adapter from the Hub give the same as here, bit for bit", file=sys.stderr, flush=True)
 
 
 def parse_options(argv: list[str]) -> argparse.Namespace:
     """Raises: ConfigError; SystemExit(0) after `--help`."""
     about = "Publish the adapter of a finished run, or of a checkpoint. Private unless --public; one commit; verified."
     parser = CommandParser(prog="loop.publish", description=about, allow_abbrev=False)
-    parser.add_argument("run", metavar="RUN", type=Path, help="a finished run, or RUN/checkpoints/step-N")
+    parser.add_argument("run", metavar="RUN", type=Path, help="a finished run, or RUN/checkpoints/step-000200")
     parser.add_argument(
         "--repo_id", required=True, metavar="OWNER/NAME", help="the repository; made if it is not there"
     )
@@ -205,9 +235,9 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--create_pr", action="store_true", help="as a pull request")
     parser.add_argument("--revision", metavar="BRANCH", help="the branch; made if it is not there (default: main)")
     parser.add_argument("--tag", metavar="TAG", help="a name for the commit")
-    parser.add_argument("--dry_run", action="store_true", help="end after the plan: no token, no network")
+    parser.add_argument("--dry_run", action="store_true", help="end after the plan, with 0: no token, no network")
     parser.add_argument(
-        "--base_model", metavar="ID[@COMMIT]", help="the base on the Hub, if the run read it from a folder"
+        "--base_model", metavar="OWNER/BASE[@COMMIT]", help="the base on the Hub, if the run read it from a folder"
     )
     parser.add_argument("--license", metavar="ID", help="of the adapter; BLOOM's is inherited")
     parser.add_argument("--language", metavar="CODE", help="of the text, such as en")
@@ -215,6 +245,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--verify_logits", action="store_true", help="load base and adapter from the Hub and compare")
     parser.add_argument("--json", action="store_true", help="the plan and what came of it as one JSON object")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if any("\ud800" <= character <= "\udfff" for word in argv for character in word):
+        raise ConfigError("found a flag that is not UTF-8")
     return parser.parse_args([underscored(word) for word in argv])
 
 
@@ -239,23 +271,49 @@ def make_target(options: argparse.Namespace, evidence: Evidence) -> Target:
 def main(argv: list[str]) -> None:
     """`python -m loop.publish`: the plan, and unless it is a dry run what came of it."""
     options = parse_options(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a card has typographic quotes, a terminal may not
     disable_progress_bar()
     if not sys.stderr.isatty():
         disable_progress_bars()
     evidence = read_evidence(options.run)
     plan = make_plan(evidence, make_target(options, evidence))
+    published = None
+    if not options.dry_run and not os.access(evidence.folder, os.W_OK):
+        raise EnvironmentFault(f"{evidence.folder}: published.json cannot be written there; nothing was sent")
     if not options.json:
         print("\n".join(plan.lines()), flush=True)
-    published = None if options.dry_run else publish(plan, evidence, options.verify_logits)
+    if not options.dry_run and not plan.blocked:
+        with interruptions(options.repo_id):
+            published = publish(plan, evidence, options.verify_logits)
+    if options.json:
+        print(json.dumps({**plan.as_json(), "published": published}, ensure_ascii=False), flush=True)
+    elif published is not None:
+        print(f"published and verified: {published['pull_request'] or published['url']}, commit {published['commit']}")
     if published is not None:
         content = json.dumps(published, indent=2, sort_keys=True) + "\n"
         replace_file(evidence.folder / "published.json", content.encode())
-    if options.json:
-        print(json.dumps({**plan.as_json(), "published": published}, ensure_ascii=False), flush=True)
-    elif published is None:
-        print("dry run: nothing was sent")
-    else:
-        print(f"published and verified: {published['url']}")
+    if not options.dry_run:
+        refuse_if_blocked(plan)
+    elif not options.json:
+        print("".join(f"BLOCKED: {error}\n" for error in plan.blocked), end="")
+        print("dry run: nothing was sent; the token, the base and the repository are looked at when it is")
+
+
+@contextmanager
+def interruptions(repo_id: str) -> Iterator[None]:
+    """Ctrl-C, SIGTERM and SIGHUP end a publication with a word about what may be on the Hub, and leave no downloads."""
+
+    def stop(number: int, _frame: object) -> NoReturn:
+        state = f"{repo_id} may hold the commit, unverified"
+        raise Stopped(number, f"interrupted: {state}; run the same command again: it looks before it sends")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

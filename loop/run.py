@@ -152,15 +152,12 @@ def _check_rows_fit(data: Data, model: PeftModel) -> None:
 def run_manifest(run: Run) -> dict[str, Any]:
     """The part of `run.json` that is a function of the run, not of a session."""
     commit = None if Path(run.config.model_name_or_path).exists() else run.config.model_revision
+    base = {"name": _public_name(run.config.model_name_or_path), "commit": commit}
     dataset = {"name": _public_name(run.config.dataset_name), "commit": run.data.commit}
     return {
         "identity": run.identity,
         "identity_sha256": run.identity_sha256,
-        "base": {
-            "name": _public_name(run.config.model_name_or_path),
-            "commit": commit,
-            "tokenizer_sha256": tokenizer_sha256(run.tokenizer),
-        },
+        "base": {**base, "tokenizer_sha256": tokenizer_sha256(run.tokenizer)},
         "data": {**dataset, "counts": run.data.counts, "templates": run.data.templates},
         "census": census(run.model),
         "num_steps": run.num_steps,

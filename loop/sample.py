@@ -6,6 +6,8 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 SAMPLE_TOKENS = 40
+NO_REPEAT = 3
+"""No run of so many tokens is written twice: a small model would write nothing else."""
 
 
 def sample(accelerator: Accelerator, model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
@@ -14,7 +16,7 @@ def sample(accelerator: Accelerator, model: PeftModel, tokenizer: PreTrainedToke
     greedy = GenerationConfig(
         max_new_tokens=SAMPLE_TOKENS,
         do_sample=False,
-        no_repeat_ngram_size=3,
+        no_repeat_ngram_size=NO_REPEAT,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )

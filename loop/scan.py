@@ -8,14 +8,15 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 _SECRETS = {
-    "token of the Hub": r"\bhf_[A-Za-z0-9]{16,}",
-    "API key": r"\bsk-[\w-]{16,}|\bAIza[\w-]{30,}|\bglpat-[\w-]{16,}|\bxox[abeoprs]-[\w-]{10,}",
+    "token of the Hub": r"hf_\w{16,}",
+    "API key": r"\bsk-[\w-]{16,}|\b[rs]k_live_\w{10,}|\bAIza[\w-]{30,}|\bglpat-[\w-]{16,}|\bxox[abeoprs]-[\w-]{10,}"
+    r"|\bnpm_\w{20,}|\bpypi-[\w-]{20,}|\bSG\.[\w-]{10,}\.[\w-]{10,}|(?i:\bbearer )[\w.-]{16,}",
     "key of a cloud": r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAccountKey=[\w+/=]{20,}",
     "token of GitHub": r"\bgh[opsur]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}",
     "private key": r"-----BEGIN [A-Z ]*PRIVATE KEY",
-    "web token": r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+",
+    "web token": r"eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+",
     "password in an address": r"\b(?!mailto:)[\w.+-]+:(?://[^\s/:@]*:)?[^\s/:@]+@[\w-]+\.[\w.-]+|://[^\s/:@]+:[^\s/@]+@",
-    "password": r"(?i)(?:api[_-]?key|secret[_-]?key|auth[_-]?token|password|passwd)"
+    "password": r"(?i)(?:api[_-]?key|(?:secret|access)[_-]?key|auth[_-]?token|password|passwd)"
     r"(?:\\?['\"])?[ \t]*[:=][ \t]*(?:\\?['\"])?[^\s'\",]{8,}",
 }
 _PATHS = (
@@ -44,7 +45,7 @@ def findings(name: str, text: str, public: Iterable[str] = (), vocabulary: bool 
     rest = re.sub(rf"(?<![\w-])(?:{words})(?![\w-])", " ", text) if words else text
     lines, found = text.split("\n"), []
     for kind, pattern in kinds.items():
-        place = text if kind == "absolute path" else rest  # in /home/anna/demo there is no public id anna/demo
+        place = rest if kind == _NAME else text  # a secret, or a path, is one whatever public word is in it
         for match in re.finditer(pattern, place):
             number = place.count("\n", 0, match.start()) + 1
             if kind != _NAME or not _QUOTED.match(lines[number - 1]):

@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,6 @@ def find_source(name: str, base_only: bool) -> Source:
     run = find_run(folder)
     if run is not None:
         config = parse_command_line(["--config", str(run / "config.yaml")]).config
-        commit = read_run(run / "run.json").get("base", {}).get("commit")  # of what was trained on: a branch moves on
-        config = replace(config, model_revision=commit or config.model_revision)
         return Source(config) if base_only else Source(config, *find_adapter(run, folder))
     if (folder / "adapter_config.json").is_file():
         raise ConfigError(f"{name}: found an adapter without its run; expected RUN or RUN/checkpoints/step-N")
@@ -62,7 +60,7 @@ def find_adapter(run: Path, asked: Path) -> tuple[Path, str]:
     if asked.resolve().parent == run.resolve() / "checkpoints":
         folder = asked
     elif result is not None:
-        path, stated = run / "adapter" / "adapter_model.safetensors", result["adapter_sha256"]
+        path, stated = run / "adapter" / "adapter_model.safetensors", dict(result).get("adapter_sha256")
         found = sha256(path.read_bytes()) if path.is_file() else "no file"
         if found != stated:
             raise CheckpointError(

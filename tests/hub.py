@@ -35,14 +35,16 @@ Reply = tuple[int, dict[str, str], bytes]
 class Refused(Exception):
     """An answer that is not 200."""
 
-    def __init__(self, status: int, code: str = "", message: str = "", **headers: str) -> None:
+    def __init__(
+        self, status: int, code: str = "", message: str = "", body: bytes | None = None, **headers: str
+    ) -> None:
         super().__init__(status, code, message)
         headers = {name.replace("_", "-"): value for name, value in headers.items()}
         told = {"X-Error-Code": code, "X-Error-Message": message}
         self.reply = (
             status,
             {**{n: v for n, v in told.items() if v}, **headers},
-            json.dumps({"error": message}).encode(),
+            body if body is not None else json.dumps({"error": message}).encode(),
         )
 
 
@@ -59,6 +61,7 @@ class Fault:
     drop: int | None = None  # close the connection after so many bytes of the request's body, and do nothing
     lose: bool = False  # do it, then close the connection in the place of the answer
     delay: float = 0.0  # seconds before it is done
+    body: bytes | None = None  # answer this, with the status or 200, and do nothing
     spoil: bool = False  # answer with one byte of the body changed
     cut: int | None = None  # answer with only so many bytes of the body, then close
     act: Callable[[], object] | None = None  # done before it is
@@ -383,6 +386,8 @@ class _Answer(BaseHTTPRequestHandler):
             threading.Event().wait(fault.delay)  # a test may have taken time.sleep for itself
             (fault.act or dict)()
         try:
+            if fault is not None and fault.body is not None:
+                raise Refused(fault.status or 200, body=fault.body)
             if fault is not None and fault.status:
                 raise Refused(fault.status, "", fault.message, **fault.headers)
             token = given.removeprefix("Bearer ") if given else None

@@ -80,7 +80,7 @@ def test_losses_of_base_and_adapter_are_the_ledger_s(evidence: Evidence, finishe
 def test_data_of_a_local_file_are_named_without_an_id(evidence: Evidence) -> None:
     made = card(evidence)
     assert "datasets" not in ModelCard(made).data.to_dict()
-    assert "The rows are those of `ragged.jsonl`, a file that is not on the Hub." in made
+    assert "The rows are those of <code>ragged.jsonl</code>, a file that is not on the Hub." in made
     assert "| rows | 40 |" in made
     assert "| held out | 4 rows," in made
     assert "| trained on | 36 rows," in made
@@ -91,7 +91,7 @@ def test_what_was_not_recorded_is_left_out(evidence: Evidence, changed: Changed)
     made = card(bare, replace(TARGET, language=None))
     assert "model-index" not in made
     assert "language" not in ModelCard(made).data.to_dict()
-    for heading in ("## Held-out loss", "## Before and after", "## Licence"):
+    for heading in ("## Held-out loss", "## Before and after"):
         assert heading not in made
     assert "No rows were held out, so its loss on new text is not known." in made
     for text in (made, card(evidence)):
@@ -217,6 +217,10 @@ def test_result_of_an_older_run_is_not_kept(evidence: Evidence) -> None:
         (f"{START}\n{START}\n{END}\n", "one of the two marks"),
         ("---\nlicense: [mit\n---\n", "its metadata cannot be read"),
         ("---\n- a list\n---\n", "its metadata cannot be read"),
+        ("---\ntags: 5\n---\n", "its metadata cannot be read"),
+        ("---\n1: x\n---\n", "its metadata cannot be read"),
+        ("---\nself: x\n---\n", "its metadata cannot be read"),
+        ("---\na: " + "[" * 5000 + "\n---\n", "its metadata cannot be read"),
     ],
 )
 def test_card_on_the_hub_that_cannot_be_read_is_refused(on_hub: str, says: str, evidence: Evidence) -> None:
@@ -236,3 +240,26 @@ def test_checkpoint_s_card_has_no_sample_of_the_finished_adapter(finished: Path,
     assert "## Before and after" not in made
     assert "for 3 of 6 steps" in made
     assert ", before and after" not in made
+
+
+def test_loss_that_was_not_taken_of_this_very_state_is_not_called_the_adapter_s(evidence: Evidence) -> None:
+    later = [
+        {**entry, "step": 5} if entry.get("step") == 6 and "eval_loss" in entry else entry for entry in evidence.entries
+    ]
+    made = card(replace(evidence, entries=later))
+    assert "**Held-out loss" not in made
+    names = [metric["name"] for metric in ModelCard(made).data.to_dict()["model-index"][0]["results"][0]["metrics"]]
+    assert names == ["held-out loss of the base, nats per target token", "held-out perplexity of the base"]
+    assert "**Held-out loss" in card(evidence)
+
+
+def test_base_is_called_unchanged_only_where_the_run_has_looked(evidence: Evidence) -> None:
+    ended_early = replace(evidence, run={key: value for key, value in evidence.run.items() if key != "result"})
+    assert ", before and after" in card(evidence)
+    assert ", before and after" not in card(ended_early)
+
+
+def test_session_that_began_behind_this_step_is_not_its_own(evidence: Evidence, changed: Changed) -> None:
+    first = evidence.run["sessions"][0]
+    later = {**first, "first_step": 6, "device": "another machine", "not_bit_exact": ["device was x, is another"]}
+    assert "another" not in card(changed(sessions=[first, later])).split("## Training")[1]

@@ -293,7 +293,7 @@ def test_a_run_of_an_older_version_is_refused_with_what_it_lacks(
 @pytest.mark.parametrize("content", ["", "[1]", '{"identity":'])
 def test_a_run_json_that_is_none_is_refused_by_its_name(done: Path, content: str) -> None:
     (done / "run.json").write_text(content)
-    assert refused(done).startswith(f"{done / 'run.json'}: not the JSON that was written")
+    assert refused(done).startswith(f"{done / 'run.json'}: the file: ")
 
 
 def test_a_checkpoint_of_another_run_is_refused(done: Path, half: Path) -> None:

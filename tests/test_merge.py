@@ -1,6 +1,7 @@
 """Base and adapter as one plain model, compared with what plain PEFT makes of them."""
 
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -50,8 +51,9 @@ def test_merged_model_is_what_peft_computes_and_needs_no_peft(
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
     assert (merged - plain).abs().max() < 1e-4
     assert (merged - logits(AutoModelForCausalLM.from_pretrained(bloom))).abs().max() > 1e-2  # the adapter is in it
-    printed = float(out.split("by at most ")[1].split()[0])
+    printed = float(out.split("by at most ")[1].split(",")[0])
     assert 0 < printed < 1e-4
+    assert "the likeliest token is the same at 32 of 32 places" in out
     text = "A good tool"
     tokens = AutoTokenizer.from_pretrained(tmp_path / "merged")(text)["input_ids"]
     assert tokens == AutoTokenizer.from_pretrained(bloom)(text)["input_ids"]
@@ -117,6 +119,22 @@ def test_first_mistakes_leave_nothing_behind(
     found, _, err = merge(*(word.format(**places) for word in words))
     assert (found, list(tmp_path.iterdir())) == (code, [])
     assert says in err.rstrip().splitlines()[-1]
+
+
+def test_full_disk_leaves_nothing_behind(finished: Path, merge: Merge, tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+    try:
+        code, _, err = merge(finished, "--output", tmp_path / "merged")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (code, list(tmp_path.iterdir())) == (5, [])
+    assert err.rstrip().endswith("nothing was written")
+
+
+def test_file_modes_follow_the_umask(finished: Path, merge: Merge, tmp_path: Path) -> None:
+    merge(finished, "--output", tmp_path / "merged")
+    assert len({path.stat().st_mode for path in (tmp_path / "merged").iterdir()}) == 1
 
 
 def test_changed_adapter_is_not_merged(finished: Path, merge: Merge, tmp_path: Path) -> None:

@@ -77,6 +77,36 @@ def test_tokenizer_that_was_changed_since_blocks(evidence: Evidence, trained: Pa
     ]
 
 
+def changed_base(evidence: Evidence, bloom: Path, folder: Path) -> Evidence:
+    """As if the run had read its base from `folder`, a copy that may be changed."""
+    shutil.copytree(bloom, folder)
+    return replace(evidence, config=replace(evidence.config, model_name_or_path=str(folder)))
+
+
+def test_other_files_of_the_base_s_folder_stay(evidence: Evidence, trained: Path, bloom: Path) -> None:
+    moved = changed_base(evidence, bloom, trained.parent / "base")
+    for name in ("vocab.json", "merges.txt", "tokenizer.model", "notes.txt"):
+        (trained.parent / "base" / name).write_text("mine")
+    assert set(make_plan(moved, TARGET).files) == ADAPTER | {"tokenizer.json", "tokenizer_config.json"}
+
+
+def test_path_in_the_tokenizer_s_settings_blocks(evidence: Evidence, trained: Path, bloom: Path) -> None:
+    moved = changed_base(evidence, bloom, trained.parent / "base")
+    settings = trained.parent / "base" / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "made_from": "/home/anna/secret/rows"}))
+    (reason,) = reasons(make_plan(moved, TARGET))
+    assert "tokenizer_config.json:" in reason
+    assert "absolute path, /hom****" in reason
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{"])
+def test_tokenizer_that_cannot_be_read_blocks(content: str, evidence: Evidence, trained: Path, bloom: Path) -> None:
+    moved = changed_base(evidence, bloom, trained.parent / "base")
+    (trained.parent / "base" / "tokenizer_config.json").write_text(content)
+    (reason,) = reasons(make_plan(moved, TARGET))
+    assert reason.startswith("2: ")
+
+
 def test_base_folder_that_is_gone_blocks(evidence: Evidence, trained: Path) -> None:
     moved = replace(evidence, config=replace(evidence.config, model_name_or_path=str(trained.parent / "gone")))
     assert reasons(make_plan(moved, TARGET)) == [
@@ -143,6 +173,6 @@ def test_names_of_other_files_are_listed_and_links_not_followed(evidence: Eviden
 
 def test_base_whose_commit_is_not_known_yet_leaves_two_hashes_open(evidence: Evidence) -> None:
     lines = make_plan(evidence, replace(TARGET, base_commit=None)).lines()
-    assert "base      owner/base at a commit that is looked up before anything is sent" in lines
-    unknown = [line.split()[1] for line in lines if line.endswith("sha256 not known before that commit is")]
+    assert "base      owner/base at main, whose commit is looked up before anything is sent" in lines
+    unknown = [line.split()[1] for line in lines if line.endswith("sha256 depends on that commit")]
     assert unknown == ["adapter_config.json:", "README.md:"]

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 LOOP = ROOT / "loop"
 FLOORS = [
     {"errors", "batch", "foreign_keys", "memory", "quantise", "scan"},
-    {"config", "files", "signals", "loss_scale", "adapter", "hub"},
+    {"config", "files", "signals", "loss_scale", "adapter", "hub", "manifest"},
     {"data", "order", "collate", "loss", "model", "optim", "ledger", "sample", "launch"},
     {"checkpoint", "steps"},
     {"resume", "record", "heldout"},
@@ -26,7 +26,8 @@ OWNERS = {  # outside package -> the only files that may import it
     "peft": {"model", "run", "sample", "source", "adapter", "publish", "migration"},  # run, sample: the name of a type
     "bitsandbytes": {"quantise", "optim"},
     "datasets": {"data"},
-    "pydantic": {"config"},
+    "pydantic": {"config", "manifest"},
+    "typing_extensions": {"manifest"},
     "yaml": {"config", "foreign_keys", "card"},
     "huggingface_hub": {"hub", "card", "plan", "publish"},
     "httpx2": {"hub"},
@@ -89,7 +90,9 @@ def test_outside_package_is_imported_only_by_its_owner(package: str) -> None:
 
 
 def test_training_imports_no_command_that_talks_to_the_hub() -> None:
-    assert not reached("train") & {"publish", "merge", "generate", "audit", "report"}
+    publishing = {"scan", "adapter", "manifest", "hub", "source", "evidence", "card", "plan", "publish"}
+    assert reached("publish") >= publishing
+    assert not reached("train") & {*publishing, "merge", "generate"}
     assert "token=False" in (LOOP / "model.py").read_text(encoding="utf-8")
 
 
