@@ -252,11 +252,9 @@ def test_run_without_adapter_and_checkpoint_has_only_its_base(generate: Generate
 
 
 def test_base_of_a_run_is_the_commit_that_was_trained_on(trained: Path) -> None:
-    path = trained / "run.json"
-    manifest = json.loads(path.read_text())
+    path = trained / "config.yaml"  # which names the commit, not the branch that was asked for
     assert find_source(str(trained), False).config.model_revision is None
-    manifest["base"]["commit"] = "0" * 40
-    path.write_text(json.dumps(manifest))
+    path.write_text(path.read_text().replace("model_revision: null", f"model_revision: '{'0' * 40}'"))
     assert find_source(str(trained), False).config.model_revision == "0" * 40
 
 
