@@ -55,28 +55,24 @@ class Plan:
 
     def lines(self) -> list[str]:
         """For a person: the card as it would stand on the Hub, then what becomes of each file."""
-        target, pinned = (
-            self.target,
-            self.target.base_commit or "main, whose commit is looked up before anything is sent",
-        )
-        where = f"{target.repo_id}{f', branch {target.revision}' if target.revision else ''}"
-        how = f"{'public' if target.public else 'private'}{', as a pull request' if target.create_pr else ''}"
-        changing = () if target.base_commit else ("adapter_config.json", "README.md")
+        target = self.target
+        branch = f", branch {target.revision}" if target.revision else ""
+        how = ("public" if target.public else "private") + (", as a pull request" if target.create_pr else "")
+        pinned = target.base_commit or "main, whose commit is looked up before anything is sent"
+        hashes = {name: sha256(content) for name, content in self.files.items()}
+        if target.base_commit is None:
+            hashes |= dict.fromkeys(("adapter_config.json", "README.md"), "depends on that commit")
         return [
             f"----- README.md\n{self.card}\n-----",
-            f"to        {where}, {how}",
+            f"to        {target.repo_id}{branch}, {how}",
             f"base      {target.base} at {pinned}",
-            *(
-                f"send      {name}: {len(content):,} bytes, "
-                f"sha256 {'depends on that commit' if name in changing else sha256(content)}"
-                for name, content in self.files.items()
-            ),
+            *(f"send      {name}: {len(self.files[name]):,} bytes, sha256 {known}" for name, known in hashes.items()),
             *(f"left out  {name}" for name in self.left_out),
         ]
 
 
 def make_plan(evidence: Evidence, target: Target) -> Plan:
-    """The plan of publishing this state of a run to `target`. Uses no network, writes nothing.
+    """The plan of publishing this state of a run to `target`. Uses no network and leaves no file.
 
     Raises: CheckpointError if the adapter's config is no JSON."""
     read_adapter_config(evidence.adapter["adapter_config.json"])

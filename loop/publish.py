@@ -107,13 +107,10 @@ def check_remote(hub: Hub, target: Target, remote: Remote | None) -> None:
         if target.create_pr or target.revision:
             raise HubError(f"{target.repo_id}: not there; --create_pr and --revision need a repository")
         return
-    if remote.private == target.public:
-        is_now, way = (
-            ("private", "leave --public out, or change it on its page")
-            if remote.private
-            else ("public", "write --public")
-        )
-        raise HubError(f"{target.repo_id} is {is_now}; {way}")
+    if remote.private and target.public:
+        raise HubError(f"{target.repo_id} is private; leave --public out, or change it on its page")
+    if not remote.private and not target.public:
+        raise HubError(f"{target.repo_id} is public; write --public")
     if target.create_pr and remote.head is None:
         raise HubError(f"--create_pr: {target.repo_id} has no branch {target.revision}")
 
@@ -154,15 +151,15 @@ def send(hub: Hub, plan: Plan, remote: Remote | None) -> Sent:
     target = plan.target
     if remote is None:
         create(hub, target.repo_id, target.public)
+        remote = look(hub, target.repo_id, None)
+        if remote is not None and not remote.oids.keys() <= {".gitattributes"}:
+            raise HubError(f"{target.repo_id} was made by somebody else meanwhile, and has files; run it again")
     elif target.revision is not None and remote.head is None:
         create_branch(hub, target.repo_id, target.revision)
-    if remote is None or remote.head is None:
-        was_none, remote = remote is None, look(hub, target.repo_id, target.revision)
-        if remote is None or remote.private == target.public:
-            raise HubError(f"{target.repo_id}: made, but not as asked; look at its page")
-        if was_none and not remote.oids.keys() <= {".gitattributes"}:
-            raise HubError(f"{target.repo_id} was made by somebody else meanwhile, and has files; run it again")
-    there = Sent(remote.head) if remote.head is not None and remote.holds(plan.files) else None
+        remote = look(hub, target.repo_id, target.revision)
+    if remote is None or remote.head is None or remote.private == target.public:
+        raise HubError(f"{target.repo_id}: made, but not as asked; look at its page")
+    there = Sent(remote.head) if remote.holds(plan.files) else None
     if there is None and target.create_pr:
         there = open_pull_request(hub, target.repo_id, plan.files)
     if target.tag is not None and tagged(hub, target.repo_id, target.tag) not in (None, there and there.commit):
