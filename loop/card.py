@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from loop import __version__
 from loop.config import config_yaml
 from loop.errors import HubError
 from loop.evidence import Evidence
@@ -79,7 +78,6 @@ def make_card(evidence: Evidence, target: Target, adapter: dict[str, bytes], own
         config=config,
         prompt=repr(config.sample_prompt or "The"),
         evaluations=[(done, loss, f"{perplexity(loss):,.1f}") for done, loss in evidence.evaluations],
-        loop_version=__version__,
         lora=_lora(run["identity"]),
         license=BLOOM_LICENCE if target.is_bloom else target.license,
         sample_tokens=SAMPLE_TOKENS,
