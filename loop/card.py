@@ -39,6 +39,11 @@ class Target:
     evidence: bool = False
 
     @property
+    def binding_license(self) -> str | None:
+        """BLOOM's, which is inherited, or the one that was asked for."""
+        return BLOOM_LICENCE if self.is_bloom else self.license
+
+    @property
     def is_bloom(self) -> bool:
         """Whether BLOOM's licence binds it. Source: the cards of BigScience's models on the Hub."""
         return self.base.lower().startswith("bigscience/bloom")
@@ -79,7 +84,7 @@ def make_card(evidence: Evidence, target: Target, adapter: dict[str, bytes], own
         prompt=repr(config.sample_prompt or "The"),
         evaluations=[(done, loss, f"{perplexity(loss):,.1f}") for done, loss in evidence.evaluations],
         lora=_lora(run["identity"]),
-        license=BLOOM_LICENCE if target.is_bloom else target.license,
+        license=target.binding_license,
         sample_tokens=SAMPLE_TOKENS,
         no_repeat=NO_REPEAT,
         samples=[(of, _quote(text)) for of, text in samples.items() if text],
@@ -152,7 +157,7 @@ def _metadata(evidence: Evidence, target: Target, dataset_id: str | None) -> Mod
         base_model=target.base,
         base_model_relation="adapter",
         datasets=dataset_id and [dataset_id],
-        license=BLOOM_LICENCE if target.is_bloom else target.license,
+        license=target.binding_license,
         language=target.language,
         pipeline_tag="text-generation",
         tags=[f"base_model:adapter:{target.base}", "lora", "transformers"],

@@ -11,7 +11,7 @@ from loop.errors import CheckpointError, ConfigError
 from loop.files import canonical_json, differences, read_regular_file, sha256
 from loop.ledger import LedgerPosition, verify_ledger
 from loop.manifest import parse_manifest
-from loop.source import find_run
+from loop.source import check_stated, find_run
 
 _LIMIT = 1 << 40
 """Bytes; larger than any file of a run, so that only what a file is can refuse it."""
@@ -83,9 +83,7 @@ def _finished(folder: Path, run: dict[str, Any]) -> tuple[int, LedgerPosition, d
         raise ConfigError(f"{folder}: not finished; train it to its end, or {way}")
     names = ("adapter_config.json", "adapter_model.safetensors")
     adapter = {name: read_regular_file(folder / "adapter" / name, _LIMIT) for name in names}
-    found = sha256(adapter["adapter_model.safetensors"])
-    if found != result["adapter_sha256"]:
-        stated = f"run.json states sha256 {result['adapter_sha256']}; its training command restores it"
-        raise CheckpointError(f"{folder / 'adapter' / 'adapter_model.safetensors'}: found {found}, {stated}")
+    weights = "adapter_model.safetensors"
+    check_stated(folder / "adapter" / weights, adapter[weights], result["adapter_sha256"])
     content = read_regular_file(folder / "ledger.jsonl", _LIMIT)
     return result["steps"], LedgerPosition(content.count(b"\n"), len(content), result["ledger_head"]), adapter

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -16,8 +15,8 @@ from transformers.utils.logging import disable_progress_bar
 from loop.config import CommandParser, underscored
 from loop.errors import ConfigError, EnvironmentFault
 from loop.launch import run_command
-from loop.model import causal_lm_of, load_base, load_tokenizer
-from loop.source import Source, find_source, load_adapter, logits
+from loop.model import causal_lm_of, load_tokenizer
+from loop.source import Source, find_source, load_adapter, load_for_inference, logits
 
 SHARD = "5GB"
 """Of the written model; what engines and the Hub's own tools expect."""
@@ -41,8 +40,7 @@ def merge(source: Source, output: Path) -> Comparison:
     if output.exists():
         raise ConfigError(f"--output: {output} is there already; give a new folder")
     config = replace(source.config, load_in_4bit=False, load_in_8bit=False)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_adapter(load_base(config, device).eval(), source.adapter)
+    model = load_adapter(load_for_inference(config), source.adapter)
     unmerged = logits(causal_lm_of(model))
     merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
     with suppress(OSError):  # a base without one has its defaults; its absence is no fault
@@ -57,8 +55,7 @@ def merge(source: Source, output: Path) -> Comparison:
         load_tokenizer(config).save_pretrained(temporary)
         for path in temporary.glob("*.safetensors"):
             shutil.copymode(temporary / "config.json", path)  # the library writes these for the owner alone
-        again = load_base(replace(config, model_name_or_path=str(temporary), model_revision=None), device).eval()
-        found = logits(again)
+        found = logits(load_for_inference(replace(config, model_name_or_path=str(temporary), model_revision=None)))
         temporary.rename(output)
     except (OSError, SafetensorError) as error:
         words = error.strerror if isinstance(error, OSError) else str(error)

@@ -45,9 +45,9 @@ from loop.hub import (
     tagged,
 )
 from loop.launch import run_command
-from loop.model import causal_lm_of, load_base, without_volatile
+from loop.model import causal_lm_of, without_volatile
 from loop.plan import Plan, make_plan, pin
-from loop.source import load_adapter, logits
+from loop.source import load_adapter, load_for_inference, logits
 
 
 def publish(plan: Plan, evidence: Evidence, verify_logits: bool) -> dict[str, Any]:
@@ -200,9 +200,7 @@ def load_base_on_hub(plan: Plan, evidence: Evidence) -> PreTrainedModel:
 
     Raises: HubError."""
     config = replace(evidence.config, model_name_or_path=plan.target.base, model_revision=plan.target.base_commit)
-    model = load_base(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    model.eval()
-    return model
+    return load_for_inference(config)
 
 
 def check_logits(base_on_hub: PreTrainedModel, adapter_on_hub: Path, evidence: Evidence) -> None:
@@ -211,7 +209,7 @@ def check_logits(base_on_hub: PreTrainedModel, adapter_on_hub: Path, evidence: E
     with tempfile.TemporaryDirectory(prefix="loop-publish-") as name:
         for file, content in evidence.adapter.items():
             (Path(name) / file).write_bytes(content)
-        here = logits(causal_lm_of(load_adapter(load_base(evidence.config, base_on_hub.device).eval(), Path(name))))
+        here = logits(causal_lm_of(load_adapter(load_for_inference(evidence.config), Path(name))))
     if not torch.equal(here, there):
         largest = f"{(here - there).abs().max():.3g}"
         raise HubError(

@@ -4,7 +4,6 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -61,12 +60,7 @@ def find_adapter(run: Path, asked: Path) -> tuple[Path, str]:
         folder = asked
     elif result is not None:
         path, stated = run / "adapter" / "adapter_model.safetensors", dict(result).get("adapter_sha256")
-        found = sha256(path.read_bytes()) if path.is_file() else "no file"
-        if found != stated:
-            raise CheckpointError(
-                f"{path}: found {found}, run.json states sha256 {stated}; its training command restores it"
-            )
-        return path.parent, found
+        return path.parent, check_stated(path, path.read_bytes() if path.is_file() else None, stated)
     elif checkpoints:
         folder = checkpoints[-1]
         print(f"{run}: not finished; this is its newest checkpoint, {folder.name}", file=sys.stderr, flush=True)
@@ -75,22 +69,36 @@ def find_adapter(run: Path, asked: Path) -> tuple[Path, str]:
     return folder, sha256(read_checkpoint(folder).adapter_files()["adapter_model.safetensors"])
 
 
+def check_stated(path: Path, content: bytes | None, stated: str | None) -> str:
+    """The sha256 of the finished adapter's content. Raises: CheckpointError unless it is the one `run.json` states."""
+    found = "no file" if content is None else sha256(content)
+    if found != stated:
+        ways = f"run.json states sha256 {stated}; its training command restores it"
+        raise CheckpointError(f"{path}: found {found}, {ways}")
+    return found
+
+
 def load_model(source: Source) -> PreTrainedModel:
     """The base, with the adapter in it, for inference. Raises: CheckpointError if they do not fit together."""
-    base = load_base(source.config, torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    base = load_for_inference(source.config)
     return base if source.adapter is None else causal_lm_of(load_adapter(base, source.adapter))
 
 
-def load_adapter(base: PreTrainedModel, adapter: Path | str, **where: Any) -> PeftModel:
-    """An adapter put into its base, for inference; `where` is revision and token of one on the Hub.
+def load_for_inference(config: Config) -> PreTrainedModel:
+    """The base alone, on the GPU if torch sees one. Raises: ConfigError, HubError."""
+    model = load_base(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model.eval()
+    return model
 
-    Raises: CheckpointError if they do not fit together."""
+
+def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
+    """An adapter put into its base, for inference. Raises: CheckpointError if they do not fit together."""
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 by a name that it has deprecated, and only warns of a missing tensor.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         warnings.filterwarnings("error", message="Found missing adapter keys", category=UserWarning)
         try:
-            return PeftModel.from_pretrained(base, adapter, **where).eval()
+            return PeftModel.from_pretrained(base, adapter).eval()
         except (ValueError, RuntimeError, UserWarning) as error:
             found = f"does not fit {base.name_or_path}: {str(error).splitlines()[0]}"
             raise CheckpointError(f"{adapter}: {found}; expected the base that it was trained on") from error

@@ -21,6 +21,7 @@ os.environ.update(
 )
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +146,20 @@ def finished(bloom: Path, ragged: Path, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("finished")
     run(flags(published_settings(bloom, ragged, folder / "run")), folder / "log")
     return folder / "run"
+
+
+@pytest.fixture
+def trained(finished: Path, tmp_path: Path) -> Path:
+    """A finished run of one's own."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that were waited for, in no time."""
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    return waited
 
 
 def published_settings(base: Path, rows: Path, output: Path, **changed: Any) -> dict[str, Any]:

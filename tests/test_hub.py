@@ -30,13 +30,6 @@ class Failing:
         return "done"
 
 
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    waited: list[float] = []
-    monkeypatch.setattr("time.sleep", waited.append)
-    return waited
-
-
 def test_files_are_compared_by_git_s_hash_or_by_sha256() -> None:
     # `printf 'hello\n' | git hash-object --stdin`
     remote = Remote(True, "c", {"a": "ce013625030ba8dba906f756967f9e9ca394464a", "b": sha256(b"large").hexdigest()})

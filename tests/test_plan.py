@@ -19,12 +19,6 @@ ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 
 
 @pytest.fixture
-def trained(finished: Path, tmp_path: Path) -> Path:
-    shutil.copytree(finished, tmp_path / "run")
-    return tmp_path / "run"
-
-
-@pytest.fixture
 def evidence(trained: Path) -> Evidence:
     return read_evidence(trained)
 

@@ -5,7 +5,6 @@ Most of it calls the command in this process, which spares the imports; no time 
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -37,13 +36,6 @@ FOREVER = 99
 
 
 @pytest.fixture
-def trained(finished: Path, tmp_path: Path) -> Path:
-    """A finished run of one's own."""
-    shutil.copytree(finished, tmp_path / "run")
-    return tmp_path / "run"
-
-
-@pytest.fixture
 def hub(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A Hub that knows anna, whose token may write, and has the base as owner/base."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -53,14 +45,6 @@ def hub(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         server.put_model("owner/base", bloom)
         yield server
     huggingface_hub.close_session()
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that were waited for, in no time."""
-    waited: list[float] = []
-    monkeypatch.setattr("time.sleep", waited.append)
-    return waited
 
 
 @dataclass(frozen=True)
