@@ -5,12 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100
-"""Written where a position has no target. The value that `torch.nn.functional.cross_entropy` ignores."""
-
 
 class Example(NamedTuple):
-    """One tokenised row, before padding and before the shift."""
+    """One tokenised row, before the shift."""
 
     input_ids: list[int]
     """All its tokens, a prompt's included, the end-of-text last unless the row was truncated."""
@@ -18,18 +15,42 @@ class Example(NamedTuple):
     """Index of the first token that may be a target: the prompt's length, or 0."""
 
 
+class Grid(NamedTuple):
+    """Consecutive rows of a micro-batch as a rectangle, padded on the right."""
+
+    rows: int
+    width: int  # tokens of the longest of them
+    places: Tensor  # (tokens of the rows,) int64: where each stands in the rectangle, counted row by row
+
+    def pad(self, values: Tensor) -> Tensor:
+        """(tokens, ...) -> (rows, width, ...), zero at padding."""
+        padded = values.new_zeros((self.rows * self.width, *values.shape[1:]))
+        return padded.index_copy(0, self.places, values).view(self.rows, self.width, *values.shape[1:])
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """(rows, width, ...) -> (tokens, ...)."""
+        return padded.flatten(0, 1).index_select(0, self.places)
+
+
 class Batch(NamedTuple):
-    """One micro-batch: B rows, right-padded to the longest of them, T tokens wide.
+    """One micro-batch: its rows end to end, T tokens, without padding; N of them have a target.
 
-    The field is called `targets`, not `labels`: it is already shifted, and a model's `labels` argument
-    would shift it a second time. A NamedTuple, so that torch's loader pins it without a line of ours.
+    The field is called `targets`, not `labels`: it is already shifted, and a model's `labels` argument would shift it
+    a second time. Everything is laid out on the host, so that no forward waits for a count from the GPU. NamedTuples,
+    so that torch's loader pins them without a line of ours."""
 
-    Shapes: each field is (B, T), int64."""
+    input_ids: Tensor  # (T,) int64
+    target_places: Tensor  # (N,) int64: the positions that have a target, ascending
+    targets: Tensor  # (N,) int64: the token that each of them must predict
+    grids: list[Grid]  # the rows in their order; one grid for a model that is given padded rows
 
-    input_ids: Tensor  # token ids; any legal id at padding, where it is neither attended to nor a target
-    attention_mask: Tensor  # 1 for a token of the row, 0 for padding; made from lengths, never from token values
-    targets: Tensor  # targets[b, t] is the token that position t must predict, or IGNORE_INDEX
+    @property
+    def position_ids(self) -> Tensor:
+        """(T,) int64: the place of each token in its row."""
+        return torch.cat([grid.places % grid.width for grid in self.grids])
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to `device`; asynchronous from pinned memory, because the stream orders what follows."""
-        return Batch(*(field.to(device, non_blocking=True) for field in self))
+        input_ids, target_places, targets = (field.to(device, non_blocking=True) for field in self[:3])
+        grids = [grid._replace(places=grid.places.to(device, non_blocking=True)) for grid in self.grids]
+        return Batch(input_ids, target_places, targets, grids)

@@ -78,8 +78,10 @@ class Config:
     seed: int = knob(42, "identity", "of the split, the order, LoRA's start and dropout", ge=0, lt=2**32)
     global_batch_size: int = knob(32, "identity", "rows per optimizer step, over all processes", ge=1)
     micro_batch_tokens: Annotated[int, Field(ge=2)] | Literal["auto"] = knob(
-        2048, "announced", "padded tokens in one forward of one process; auto: halved until it fits"
+        2048, "announced", "tokens in one forward of one process, padding included; auto: halved until it fits"
     )
+    padding_free: bool = knob(True, "resolved", "rows end to end instead of padded, where the model can do it exactly")
+    fused_loss: bool = knob(True, "announced", "each logit computed once, with its gradient; false: twice, in chunks")
     num_train_epochs: float = knob(3.0, "identity", "passes over the rows; fractions are allowed", gt=0)
     max_steps: int | None = knob(None, "identity", "optimizer steps; replaces num_train_epochs", ge=1)
     learning_rate: float = knob(2e-4, "identity", "the schedule's peak, per update", gt=0)

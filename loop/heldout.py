@@ -18,13 +18,13 @@ def heldout_loss(accelerator: Accelerator, loss: SummedLoss, examples: Examples,
 
     Each micro-batch's sum is float32, their sum float64. One collective.
     Raises: NonFiniteError, on every process alike."""
-    pieces = cut(examples.lengths, steps.micro_batch_tokens, accelerator.num_processes)
+    pieces = cut(examples.lengths, steps.micro_batch_tokens, accelerator.num_processes, steps.padding_free)
     was_training = loss.training
     loss.eval()
     sums = []
     with torch.no_grad():
         for piece in pieces[accelerator.process_index :: accelerator.num_processes]:
-            batch = collate(examples.read(piece), steps.pad_token_id)
+            batch = collate(examples.read(piece), steps.padding_free)
             sums.append(loss(batch.to(accelerator.device)))
     loss.train(was_training)
     total = accelerator.reduce(torch.stack(sums).double().sum(), "sum")

@@ -40,11 +40,11 @@ def draw(step: int, num_rows: int, positions: int, global_batch_size: int, seed:
     return first // num_rows, rows
 
 
-def cut(lengths: np.ndarray, micro_batch_tokens: int, num_processes: int) -> list[np.ndarray]:
-    """Cut rows into micro-batches, sorted by length, longest first; micro-batch k is for process k mod n.
+def cut(lengths: np.ndarray, micro_batch_tokens: int, num_processes: int, padding_free: bool) -> list[np.ndarray]:
+    """Sort rows by length, longest first, and cut them into micro-batches; micro-batch k is for process k mod n.
 
     The number of micro-batches is a multiple of n, so that all processes take part in the same collectives, and as
-    small as the budget of padded tokens (rows x longest) allows. Among such cuts the one whose largest micro-batch
+    small as the budget of tokens (see `forward_tokens`) allows. Among such cuts the one whose largest micro-batch
     is smallest is taken: it costs nothing, evens the processes and lowers the peak. Where rows are too few, the
     last micro-batches are empty.
 
@@ -53,23 +53,35 @@ def cut(lengths: np.ndarray, micro_batch_tokens: int, num_processes: int) -> lis
     widths = np.asarray(lengths)[order].tolist()
     if widths and widths[0] > micro_batch_tokens:
         raise ValueError(f"a row of {widths[0]} tokens is above micro_batch_tokens {micro_batch_tokens}")
-    fewest = len(_fill(widths, micro_batch_tokens))
+    fewest = len(_fill(widths, micro_batch_tokens, padding_free))
     wanted = num_processes * max(1, math.ceil(fewest / num_processes))
     low, high = (widths[0] if widths else 1), micro_batch_tokens
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if len(_fill(widths, middle)) <= wanted else (middle + 1, high)
-    pieces = np.split(order, _fill(widths, high)[1:])
+        fits = len(_fill(widths, middle, padding_free)) <= wanted
+        low, high = (low, middle) if fits else (middle + 1, high)
+    pieces = np.split(order, _fill(widths, high, padding_free)[1:])
     while len(pieces) < min(wanted, len(widths)):  # no process idles while another has two rows
-        largest = max(range(len(pieces)), key=lambda k: (len(pieces[k]) > 1) * len(pieces[k]) * lengths[pieces[k][0]])
+        sizes = [(len(piece) > 1) * forward_tokens(lengths[piece], padding_free) for piece in pieces]
+        largest = int(np.argmax(sizes))
         pieces[largest : largest + 1] = np.array_split(pieces[largest], 2)
     return pieces + [np.array([], dtype=np.int64)] * (wanted - len(pieces))
 
 
-def _fill(widths: list[int], budget: int) -> list[int]:
-    """Where each micro-batch starts, filling one after the other up to `budget` padded tokens."""
+def forward_tokens(lengths: np.ndarray, padding_free: bool) -> int:
+    """Tokens that one forward of these rows computes: theirs, or as many for each row as the longest has.
+
+    A forward without rows is given one token."""
+    return max(1, int(lengths.sum() if padding_free else len(lengths) * lengths.max(initial=0)))
+
+
+def _fill(widths: list[int], budget: int, padding_free: bool) -> list[int]:
+    """Where each micro-batch starts, filling one after the other up to `budget` tokens; `widths` fall."""
     starts: list[int] = []
-    for index in range(len(widths)):
-        if not starts or (index - starts[-1] + 1) * widths[starts[-1]] > budget:
+    used = 0
+    for index, width in enumerate(widths):
+        used += width if padding_free or not starts else widths[starts[-1]]
+        if not starts or used > budget:
             starts.append(index)
+            used = width
     return starts

@@ -70,13 +70,17 @@ def largest_that_fits(run: Run, first: int | None) -> int:
 
 
 def largest_batches(examples: Examples, micro_batch_tokens: int, steps: Steps) -> list[Batch]:
-    """The widest micro-batch that training may meet, and those with most padded tokens and largest attention.
-
-    What a layer keeps grows with the tokens, what eager attention keeps with the rows and the square of the width."""
+    """Micro-batches that are as large as any that training may meet, in tokens, in width, and in attention."""
     repeats = 1 + math.ceil(steps.global_batch_size / len(examples)) if steps.positions > len(examples) else 1
     longest_first = np.repeat(np.argsort(-examples.lengths, kind="stable"), repeats)  # a step may straddle epochs
-    widths = examples.lengths[longest_first]
-    rows = np.minimum(np.minimum(micro_batch_tokens // widths, steps.global_batch_size), np.arange(len(widths), 0, -1))
-    widths = widths.astype(np.int64)
-    starts = sorted({0, int(np.argmax(rows * widths)), int(np.argmax(rows * widths**2))})
-    return [collate(examples.read(longest_first[at : at + rows[at]]), steps.pad_token_id) for at in starts]
+    widths = examples.lengths[longest_first].astype(np.int64)
+    if steps.padding_free:  # one has it all: the longest rows, the last of them cut so that it fills the budget
+        rows = examples.read(longest_first[: min(steps.global_batch_size, micro_batch_tokens)])
+        room = micro_batch_tokens - np.cumsum([0, *(len(row.input_ids) for row in rows)])
+        filled = [row._replace(input_ids=row.input_ids[:left]) for row, left in zip(rows, room) if left > 0]
+        return [collate(filled, padding_free=True)]
+    # What a layer keeps grows with the tokens, what eager attention keeps with the rows and the square of the width.
+    fits = np.minimum(micro_batch_tokens // widths, steps.global_batch_size)
+    fits = np.minimum(fits, np.arange(len(widths), 0, -1))
+    starts = sorted({0, int(np.argmax(fits * widths)), int(np.argmax(fits * widths**2))})
+    return [collate(examples.read(longest_first[at : at + fits[at]]), padding_free=False) for at in starts]

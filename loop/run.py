@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from loop.batch import Batch
+from loop.body import check_padding_free
 from loop.checkpoint import serialise
 from loop.collate import collate
 from loop.config import Config
@@ -59,6 +59,7 @@ class Run:
     identity: dict[str, Any]
     """What may not change in a resume; its sha256 is the ledger's first `prev`."""
     layout: dict[str, tuple[torch.Size, torch.dtype]]  # of the frozen tensors
+    rows_laid_out: str  # how, in words
     environment: dict[str, Any]
     """What may, and then is not bit-exact: versions, processes, threads, device, the cut. As they were at the start."""
 
@@ -96,11 +97,10 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
     config = replace(config, dataset_revision=data.commit or config.dataset_revision)
     model = add_adapter(load_base(config, accelerator.device), config)
     _check_rows_fit(data, model)
-    pad_token_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    shortest = data.train.read(np.array([data.train.lengths.argmin()]))  # the model's own logits are of every token
-    loss = _prepare_loss(accelerator, model, collate(shortest, pad_token_id))
+    loss, rows_laid_out = _prepare_loss(accelerator, config, model, data)
     parameters = adapter_parameters(model)
-    identity = {**_identity(config, accelerator, data, model), "own_logits": loss.whole_model}
+    identity = _identity(config, accelerator, data, model)
+    identity |= {"own_logits": loss.own_logits, "padding_free": loss.padding_free}
     env = {**environment(accelerator), **config.with_resume("announced")}
     knobs = {**config.with_resume("announced", "free"), "output_dir": None}
     facts = {"identity": identity, "knobs": knobs, "device": env["device"]}
@@ -113,7 +113,7 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
         global_batch_size=config.global_batch_size,
         micro_batch_tokens=0 if config.micro_batch_tokens == "auto" else config.micro_batch_tokens,
         seed=config.seed,
-        pad_token_id=pad_token_id,
+        padding_free=loss.padding_free,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
@@ -122,20 +122,39 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
     layout = frozen_layout(model)
     run = Run(
         config, asked, accelerator, tokenizer, data, model, loss, scale, parameters, optimizer, steps,
-        identity, layout, env,
+        identity, layout, rows_laid_out, env,
     )  # fmt: skip
     if warmup(config, run.num_steps) > run.num_steps:
         raise ConfigError(f"warmup_steps: {config.warmup_steps:g} is longer than the run of {run.num_steps} steps")
     return run
 
 
-def _prepare_loss(accelerator: Accelerator, model: PeftModel, row: Batch) -> SummedLoss:
-    """The one prepared module; a real row, before any training, shows whether head(hidden) is this model's logits."""
+def _prepare_loss(accelerator: Accelerator, config: Config, model: PeftModel, data: Data) -> tuple[SummedLoss, str]:
+    """The one prepared module, and in words how rows are laid out for it.
+
+    Real rows, before any training, show whether head(hidden) is this model's logits, and whether rows end to end
+    leave its hidden states as they are."""
+    causal_lm, device = causal_lm_of(model), accelerator.device
     # evaluation_mode: device and autocast, no DDP, whose buckets would make a resume on 3 processes inexact.
-    loss: SummedLoss = accelerator.prepare_model(SummedLoss(model, causal_lm_of(model)), evaluation_mode=True)
+    loss: SummedLoss = accelerator.prepare_model(SummedLoss(model, causal_lm), evaluation_mode=True)
     exact = accelerator.mixed_precision == "no" and next(loss.parameters()).dtype.itemsize >= 4
-    check_head(loss.eval(), row.to(accelerator.device), tolerance=1e-4 if exact else 1e-2)
-    return loss.train()
+    by_length = np.argsort(-data.train.lengths, kind="stable")
+    shortest = collate(data.train.read(by_length[-1:]), padding_free=False)  # own logits are of every token
+    check_head(loss.eval(), shortest.to(device), tolerance=1e-4 if exact else 1e-2)
+    loss.fused = config.fused_loss
+    if loss.own_logits:
+        return loss.train(), "padded rows, its own logits at their memory: head(hidden) is not them"
+    if not config.padding_free:
+        return loss.train(), "padded rows, as asked"
+    ends = data.train.read(by_length[[0, -1]])  # the longest: a window of attention shows only where a row exceeds it
+    padded, free = (collate(ends, padding_free).to(device) for padding_free in (False, True))
+    tolerance = 1e-4 if exact else 5e-2
+    with accelerator.autocast():
+        difference = check_padding_free(causal_lm, padded, free, tolerance)
+    loss.padding_free = difference < tolerance
+    if loss.padding_free:
+        return loss.train(), f"rows end to end, no padding; hidden states within {difference:.0e} of its own forward"
+    return loss.train(), f"padded rows: without padding its hidden states are {difference:.0e} off its own forward"
 
 
 def _check_rows_fit(data: Data, model: PeftModel) -> None:
@@ -179,7 +198,6 @@ def describe(run: Run) -> list[str]:
     config, counts, trained, accelerator = run.config, run.data.counts, census(run.model), run.accelerator
     dropped = counts["dropped_without_target"] + counts["dropped_too_long"]
     numbers = f"{trained['trained_parameters']:,} of {trained['all_parameters']:,} parameters"
-    logits = ", its own logits at their memory: head(hidden) is not them" if run.loss.whole_model else ""
     share = trained["trained_parameters"] / trained["all_parameters"]
     epochs = run.steps.positions / len(run.data.train)
     fate = f"{dropped:,} dropped, {counts['truncated']:,} truncated, {counts['duplicate_train_rows']:,} duplicates"
@@ -190,7 +208,7 @@ def describe(run: Run) -> list[str]:
         f"data   {_public_name(config.dataset_name)} as {' -> '.join(run.data.templates)!r}: {rows}, "
         f"{len(run.data.heldout):,} held out, {fate}",
         f"model  {_public_name(config.model_name_or_path)}: frozen in {', '.join(trained['base_dtypes'])}, "
-        f"checksum {run.identity['base_checksum'][:12]}{logits}",
+        f"checksum {run.identity['base_checksum'][:12]}; {run.rows_laid_out}",
         f"LoRA   r={config.lora_r} on {', '.join(trained['target_modules'])}: trains {numbers} ({share:.3%})",
         f"steps  {run.num_steps:,} of {config.global_batch_size} rows, {epochs:.2f} epochs; {accelerator.device.type}, "
         f"{accelerator.num_processes} x {torch.get_num_threads()} threads, precision {accelerator.mixed_precision}",

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from loop.batch import Batch
 from loop.collate import collate
 from loop.data import Examples
-from loop.order import cut, draw
+from loop.order import cut, draw, forward_tokens
 
 
 class Step(NamedTuple):
@@ -19,7 +19,7 @@ class Step(NamedTuple):
     rows: list[int]  # indices into the dataset as loaded, of all processes, in drawn order
     target_tokens: int  # the divisor: targets of all rows of the step, over all processes
     tokens: int
-    padded_tokens: int
+    padded_tokens: int  # that the forwards compute: without padding as many as `tokens`
     num_micro_batches: int
     micro_batches: list[tuple[int, Batch]]  # this process's, each with its number k in the whole step
 
@@ -33,14 +33,14 @@ class Steps(Dataset[Step]):
     global_batch_size: int
     micro_batch_tokens: int
     seed: int
-    pad_token_id: int
+    padding_free: bool
     process_index: int = 0
     num_processes: int = 1
 
     def __getitem__(self, step: int) -> Step:
         epoch, drawn = draw(step, len(self.examples), self.positions, self.global_batch_size, self.seed)
         lengths = self.examples.lengths[drawn]
-        pieces = cut(lengths, self.micro_batch_tokens, self.num_processes)
+        pieces = cut(lengths, self.micro_batch_tokens, self.num_processes, self.padding_free)
         mine = range(self.process_index, len(pieces), self.num_processes)
         return Step(
             step=step,
@@ -48,8 +48,7 @@ class Steps(Dataset[Step]):
             rows=self.examples.rows[drawn].tolist(),
             target_tokens=int(self.examples.num_targets[drawn].sum()),
             tokens=int(lengths.sum()),
-            # An empty micro-batch is collated as one position of padding.
-            padded_tokens=sum(max(1, len(piece) * int(lengths[piece].max(initial=0))) for piece in pieces),
+            padded_tokens=sum(forward_tokens(lengths[piece], self.padding_free) for piece in pieces),
             num_micro_batches=len(pieces),
-            micro_batches=[(k, collate(self.examples.read(drawn[pieces[k]]), self.pad_token_id)) for k in mine],
+            micro_batches=[(k, collate(self.examples.read(drawn[pieces[k]]), self.padding_free)) for k in mine],
         )

@@ -1,4 +1,4 @@
-"""Padding, the mask by length, and the one shift."""
+"""Rows end to end, the grids they are padded on, and the one shift."""
 
 from pathlib import Path
 
@@ -9,56 +9,90 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loop.batch import IGNORE_INDEX, Batch, Example
+from loop.batch import Batch, Example
+from loop.body import padded_inputs
 from loop.collate import collate
 
-X = IGNORE_INDEX
 EOS, PAD = 2, 3
 
 
-def test_a_ragged_batch_is_padded_on_the_right_and_shifted_by_one() -> None:
-    batch = collate([Example([11, 12, 13, EOS], 0), Example([21, EOS], 0), Example([31, 32, EOS], 0)], PAD)
-    assert batch.input_ids.tolist() == [[11, 12, 13, EOS], [21, EOS, PAD, PAD], [31, 32, EOS, PAD]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]
-    assert batch.targets.tolist() == [[12, 13, EOS, X], [EOS, X, X, X], [32, EOS, X, X]]
+def test_rows_lie_end_to_end_and_each_target_is_the_token_behind_its_place() -> None:
+    batch = collate([Example([11, 12, 13, EOS], 0), Example([21, EOS], 0), Example([31, 32, EOS], 0)], True)
+    assert batch.input_ids.tolist() == [11, 12, 13, EOS, 21, EOS, 31, 32, EOS]
+    assert batch.target_places.tolist() == [0, 1, 2, 4, 6, 7]
+    assert batch.targets.tolist() == [12, 13, EOS, EOS, 32, EOS]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 2]
 
 
-def test_every_field_is_int64() -> None:
-    assert {field.dtype for field in collate([Example([5, EOS], 0)], PAD)} == {torch.int64}
+def test_for_a_model_that_is_given_padded_rows_all_are_one_grid_padded_on_the_right() -> None:
+    batch = collate([Example([11, 12, 13, EOS], 0), Example([21, EOS], 0), Example([31, 32, EOS], 0)], False)
+    given_to_it = padded_inputs(batch)
+    assert given_to_it["input_ids"].tolist() == [[11, 12, 13, EOS], [21, EOS, 0, 0], [31, 32, EOS, 0]]
+    assert given_to_it["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]
+    assert batch.target_places.tolist() == [0, 1, 2, 4, 6, 7]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shapes"),
+    [
+        ([9], [(1, 9)]),
+        ([9, 9, 6], [(3, 9)]),  # 6 is two thirds of 9
+        ([9, 9, 5], [(2, 9), (1, 5)]),
+        ([90, 60, 59, 40, 39, 2, 1], [(2, 90), (2, 59), (1, 39), (1, 2), (1, 1)]),
+        ([4, 9, 9], [(1, 4), (2, 9)]),  # a longer row never widens a grid
+    ],
+)
+def test_rows_of_like_length_share_a_grid(lengths: list[int], shapes: list[tuple[int, int]]) -> None:
+    batch = collate([Example([7] * length, 0) for length in lengths], True)
+    assert [(grid.rows, grid.width) for grid in batch.grids] == shapes
+
+
+def test_every_field_is_int64_also_without_targets() -> None:
+    for examples in ([Example([5, EOS], 0)], [Example([5], 0)], []):
+        batch = collate(examples, True)
+        assert {field.dtype for field in (*batch[:3], batch.grids[0].places)} == {torch.int64}
 
 
 @pytest.mark.parametrize(
     ("target_start", "targets"),
     [
-        (0, [12, 13, 14, X]),
-        (1, [12, 13, 14, X]),  # nothing precedes the first token, so 0 and 1 are the same
-        (2, [X, 13, 14, X]),
-        (3, [X, X, 14, X]),
-        (4, [X, X, X, X]),  # a prompt that fills the row
+        (0, [12, 13, 14]),
+        (1, [12, 13, 14]),  # nothing precedes the first token, so 0 and 1 are the same
+        (2, [13, 14]),
+        (3, [14]),
+        (4, []),  # a prompt that fills the row
+        (9, []),  # and is cut
     ],
 )
 def test_tokens_of_the_prompt_are_never_targets(target_start: int, targets: list[int]) -> None:
-    assert collate([Example([11, 12, 13, 14], target_start)], PAD).targets.tolist() == [targets]
+    batch = collate([Example([8, 9], 0), Example([11, 12, 13, 14], target_start)], True)
+    assert batch.targets.tolist() == [9, *targets]
+    assert batch.target_places.tolist() == [0, *range(5 - len(targets), 5)]
 
 
-def test_end_of_text_is_a_target_and_padding_is_not_where_both_are_one_token() -> None:
-    batch = collate([Example([11, 12, EOS], 0), Example([21, EOS], 0)], pad_token_id=EOS)
-    assert batch.input_ids.tolist() == [[11, 12, EOS], [21, EOS, EOS]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch.targets.tolist() == [[12, EOS, X], [EOS, X, X]]
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_end_of_text_is_a_target_and_padding_is_not_where_both_are_one_token(padding_free: bool) -> None:
+    zero = 0  # what stands at padding
+    batch = collate([Example([11, 12, zero], 0), Example([21, zero], 0)], padding_free)
+    assert batch.targets.tolist() == [12, zero, zero]
+    assert batch.target_places.tolist() == [0, 1, 3]
+    if not padding_free:
+        assert padded_inputs(batch)["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
 def test_the_pad_token_inside_a_text_is_a_token_like_any() -> None:
-    batch = collate([Example([11, PAD, 12, EOS], 0), Example([21], 0)], PAD)
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 0, 0, 0]]
-    assert batch.targets.tolist() == [[PAD, 12, EOS, X], [X, X, X, X]]
+    batch = collate([Example([11, PAD, 12, EOS], 0), Example([21], 0)], False)
+    assert padded_inputs(batch)["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 0, 0, 0]]
+    assert batch.targets.tolist() == [PAD, 12, EOS]
 
 
-def test_no_examples_give_one_position_without_a_target() -> None:
-    batch = collate([], PAD)
-    assert batch.input_ids.tolist() == [[PAD]]
-    assert batch.attention_mask.tolist() == [[1]]
-    assert batch.targets.tolist() == [[X]]
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_no_examples_give_one_position_without_a_target(padding_free: bool) -> None:
+    batch = collate([], padding_free)
+    assert batch.input_ids.tolist() == [0]
+    assert batch.targets.tolist() == batch.target_places.tolist() == []
+    assert [(grid.rows, grid.width, grid.places.tolist()) for grid in batch.grids] == [(1, 1, [0])]
 
 
 examples = st.lists(
@@ -67,16 +101,33 @@ examples = st.lists(
 
 
 @settings(derandomize=True, deadline=None, max_examples=80)
-@given(examples, st.integers(0, 9))
-def test_a_position_predicts_the_next_token_of_its_row_or_nothing(rows: list[Example], pad_token_id: int) -> None:
-    batch = collate(rows, pad_token_id)
-    width = max(len(tokens) for tokens, _ in rows)
-    for row, (tokens, target_start) in enumerate(rows):
-        for t in range(width):
+@given(examples, st.booleans())
+def test_a_position_predicts_the_next_token_of_its_row_or_nothing(rows: list[Example], padding_free: bool) -> None:
+    batch = collate(rows, padding_free)
+    wanted = dict(zip(batch.target_places.tolist(), batch.targets.tolist()))
+    place = 0
+    for tokens, target_start in rows:
+        for t, token in enumerate(tokens):
             is_target = t + 1 < len(tokens) and t + 1 >= target_start
-            assert batch.targets[row, t] == (tokens[t + 1] if is_target else X)
-            assert batch.input_ids[row, t] == (tokens[t] if t < len(tokens) else pad_token_id)
-            assert batch.attention_mask[row, t] == (t < len(tokens))
+            assert batch.input_ids[place] == token
+            assert batch.position_ids[place] == t
+            assert wanted.get(place) == (tokens[t + 1] if is_target else None)
+            place += 1
+    assert place == len(batch.input_ids)
+
+
+@settings(derandomize=True, deadline=None, max_examples=80)
+@given(examples, st.booleans())
+def test_padding_and_back_is_what_it_was_and_zero_elsewhere(rows: list[Example], padding_free: bool) -> None:
+    batch, start = collate(rows, padding_free), 0
+    for grid in batch.grids:
+        values = batch.input_ids[start : start + len(grid.places)] + 1
+        padded = grid.pad(values)
+        assert padded.shape == (grid.rows, grid.width)
+        assert grid.unpad(padded).equal(values)
+        assert int(padded.sum()) == int(values.sum())
+        start += len(values)
+    assert start == len(batch.input_ids)
 
 
 @pytest.fixture(scope="module")
@@ -87,28 +138,28 @@ def model(bloom: Path) -> transformers.PreTrainedModel:
 
 def mean_loss(model: transformers.PreTrainedModel, batch: Batch) -> float:
     """The textbook mean over targets, in numpy and float64."""
+    (grid,) = batch.grids
     with torch.no_grad():
-        logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits.double().numpy()
+        logits = grid.unpad(model(**padded_inputs(batch)).logits).double().numpy()
     log_probabilities = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    targets = batch.targets.numpy()
-    rows, positions = np.nonzero(targets >= 0)
-    return float(-log_probabilities[rows, positions, targets[rows, positions]].mean())
+    return float(-log_probabilities[batch.target_places.numpy(), batch.targets.numpy()].mean())
 
 
 def test_the_shift_happens_once_as_in_transformers_own_loss(model: transformers.PreTrainedModel) -> None:
     tokens = [17, 300, 41, 41, 9, 250, 383, EOS]
-    row = torch.tensor([tokens])
+    row, batch = torch.tensor([tokens]), collate([Example(tokens, 0)], False)
+    shifted = torch.tensor([[*batch.targets.tolist(), -100]])
     with torch.no_grad():
         expected = model(row, labels=row).loss.item()
-        twice = model(row, labels=collate([Example(tokens, 0)], PAD).targets).loss.item()
-    assert mean_loss(model, collate([Example(tokens, 0)], PAD)) == pytest.approx(expected, abs=1e-6)
+        twice = model(row, labels=shifted).loss.item()
+    assert mean_loss(model, batch) == pytest.approx(expected, abs=1e-6)
     assert twice != pytest.approx(expected, abs=1e-2), "this row would not notice a second shift"
 
 
 def test_padding_changes_no_loss(model: transformers.PreTrainedModel) -> None:
     short, long = Example([17, 300, EOS], 0), Example([41, 9, 250, 383, 60, EOS], 2)
-    both = mean_loss(model, collate([short, long], PAD)) * 6
-    apart = mean_loss(model, collate([short], PAD)) * 2 + mean_loss(model, collate([long], PAD)) * 4
+    both = mean_loss(model, collate([short, long], False)) * 6
+    apart = mean_loss(model, collate([short], False)) * 2 + mean_loss(model, collate([long], False)) * 4
     assert both == pytest.approx(apart, abs=1e-5)
 
 
@@ -117,8 +168,9 @@ def test_targets_are_those_of_transformers_own_collator_where_pad_is_not_a_token
     texts = ["Reading widely is excellent.", "Stone.", "“My father could tell good stone by the sound.”"]
     rows = [tokenizer(text)["input_ids"] + [EOS] for text in texts]
     theirs = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)([{"input_ids": row} for row in rows])
-    ours = collate([Example(row, 0) for row in rows], PAD)
-    assert ours.input_ids.equal(theirs["input_ids"])
-    assert ours.attention_mask.equal(theirs["attention_mask"])
-    assert ours.targets[:, :-1].equal(theirs["labels"][:, 1:])
-    assert ours.targets[:, -1].eq(X).all()
+    ours = collate([Example(row, 0) for row in rows], False)
+    mask = padded_inputs(ours)["attention_mask"]
+    assert mask.equal(theirs["attention_mask"])
+    assert ours.input_ids.equal(theirs["input_ids"][mask.bool()])
+    shifted = theirs["labels"][:, 1:]
+    assert ours.targets.equal(shifted[shifted != -100])

@@ -216,7 +216,7 @@ def test_everything_that_is_wrong_is_said_at_once(recipe: Recipe) -> None:
         "lerning_rate: unknown; did you mean learning_rate?",
         "lora_r: found '0', should be greater than or equal to 1 (flag)",
         "max_seq_length: write max_length",
-        "packing: rows are never packed into one sequence: sorted by length they pad little; set micro_batch_tokens",
+        "packing: padding_free: true, the default, needs no padding and lets no row see another; set micro_batch_tokens",
         "seed: found -1, should be greater than or equal to 0 (file)",
     ]
 
@@ -391,6 +391,7 @@ def test_what_may_change_in_a_resume_is_this_and_no_more() -> None:
     config = Config(**REQUIRED)
     assert sorted(config.with_resume("announced")) == [
         "full_determinism",
+        "fused_loss",
         "gradient_checkpointing",
         "micro_batch_tokens",
     ]
@@ -412,6 +413,7 @@ def test_what_may_change_in_a_resume_is_this_and_no_more() -> None:
         "dtype",
         "model_name_or_path",
         "model_revision",
+        "padding_free",
     ]
 
 

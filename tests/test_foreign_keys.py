@@ -121,10 +121,10 @@ def test_a_target_module_may_name_its_layer_as_the_table_says(config: Any) -> No
         ("deepspeed", "--config_file"),
         ("report_to", "metrics.jsonl"),
         # SFTConfig
-        ("packing", "never packed"),
+        ("packing", "lets no row see another"),
         ("max_seq_length", "max_length"),
         ("completion_only_loss", "completion_template"),
-        ("eval_packing", "never packed"),
+        ("eval_packing", "lets no row see another"),
         ("dataset_num_proc", "one process"),
         # ModelConfig and LoraConfig
         ("bnb_4bit_quant_type", "always nf4"),

@@ -130,15 +130,15 @@ def test_targets_of_the_micro_batches_are_those_of_the_demo() -> None:
     config = parse_command_line(["--config", "demo"]).config
     data = load_data(config, load_tokenizer(config))
 
-    def targets(step: int) -> list[int]:
+    def targets(step: int, padding_free: bool) -> list[int]:
         _, drawn = draw(step, len(data.train), 60 * 32, 32, config.seed)
-        pieces = cut(data.train.lengths[drawn], 1024, num_processes=1)
+        pieces = cut(data.train.lengths[drawn], 1024, 1, padding_free)
         return [int(data.train.num_targets[drawn][piece].sum()) for piece in pieces]
 
-    assert targets(0) == [559, 452, 497]
-    assert targets(35) == [773, 631, 240]
-    assert "559 + 452 + 497" in WORDS
-    assert "In step 35 the parts are 773, 631 and 240" in WORDS
+    assert targets(0, True) == [780, 728]
+    assert targets(35, False) == [773, 631, 240]
+    assert "780 + 728" in WORDS
+    assert "Without `padding_free` step 35 is cut into parts of 773, 631 and 240" in WORDS
 
 
 def test_the_ledger_line_of_the_guide_is_chained_as_it_says() -> None:

@@ -8,9 +8,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Cohere2Config, CohereConfig, Gemma2Config, GraniteConfig, PreTrainedModel
 
 import loop.loss
-from loop.batch import IGNORE_INDEX, Batch, Example
+from loop.batch import Batch, Example
+from loop.body import padded_inputs
 from loop.collate import collate
-from loop.loss import SummedLoss, check_head
+from loop.loss import SummedLoss, check_head, fused_loss
 
 LENGTHS = [23, 2, 40, 1, 9, 17]
 TARGETS = sum(LENGTHS) - len(LENGTHS)  # every token of a row but its first: 86
@@ -19,14 +20,22 @@ TARGETS = sum(LENGTHS) - len(LENGTHS)  # every token of a row but its first: 86
 def batch_of(lengths: list[int], vocabulary: int = 384, prompt: int = 0) -> Batch:
     torch.manual_seed(len(lengths))
     rows = [torch.randint(4, vocabulary, (length,)).tolist() for length in lengths]
-    return collate([Example(row, prompt) for row in rows], pad_token_id=3)
+    return collate([Example(row, prompt) for row in rows], padding_free=False)
 
 
 def transformers_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The sum that transformers' own loss takes the mean of: labels as inputs, unshifted, padding ignored."""
-    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, IGNORE_INDEX)
-    mean: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
-    return mean * int((labels[:, 1:] != IGNORE_INDEX).sum())
+    inputs = padded_inputs(batch)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    mean: Tensor = model(**inputs, labels=labels).loss
+    return mean * int((labels[:, 1:] != -100).sum())
+
+
+def log_p_of_targets(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """From the model's own logits, in float64."""
+    logits = batch.grids[0].unpad(model(**padded_inputs(batch)).logits)
+    log_p = logits.double().log_softmax(-1)
+    return torch.stack([log_p[place, token] for place, token in zip(batch.target_places, batch.targets)])
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -36,7 +45,13 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 def gradients(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def freeze_head(model: PreTrainedModel) -> PreTrainedModel:
+    """As LoRA leaves it. Of BLOOM and GPT-2 it is also the embedding."""
+    model.get_output_embeddings().weight.requires_grad = False
+    return model
 
 
 @pytest.fixture(params=["bloom", "gpt2", "llama"])
@@ -55,17 +70,139 @@ def test_the_loss_and_its_gradients_are_transformers_own_in_any_number_of_chunks
     assert ours.dtype == torch.float32
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
     found, expected = gradients(model, ours), gradients(model, theirs)
+    assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert torch.linalg.vector_norm(found[name] - gradient) <= 2e-5 * torch.linalg.vector_norm(gradient), name
 
 
-def test_the_loss_of_a_float64_model_is_float64_and_exact(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("block", [1, 100, 384, 4096])
+def test_the_fused_loss_and_its_gradients_are_transformers_own_in_blocks_of_any_size(
+    folder: Path, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop.loss, "VOCABULARY_BLOCK", block)
+    monkeypatch.setattr(loop.loss, "_nll", None)  # not by the other way
+    model, batch = freeze_head(load(folder)), batch_of(LENGTHS)
+    ours, theirs = SummedLoss(model, model)(batch), transformers_loss(model, batch)
+    assert ours.dtype == torch.float32
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    found, expected = gradients(model, ours), gradients(model, theirs)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.linalg.vector_norm(found[name] - gradient) <= 2e-5 * torch.linalg.vector_norm(gradient), name
+
+
+def head_of(dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, weight and bias of a head, targets, the first and last token among them."""
+    torch.manual_seed(1)
+    hidden, weight, bias = torch.randn(9, 16), torch.randn(301, 16) * scale, torch.randn(301)
+    targets = torch.tensor([0, 300, 7, 99, 100, 101, 199, 200, 7])
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype), bias.to(dtype), targets
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1000.0])  # uniform, usual, and exp of it would overflow
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_the_fused_loss_of_float64_is_exact(scale: float, with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop.loss, "VOCABULARY_BLOCK", 100)
+    hidden, weight, bias, targets = head_of(torch.float64, scale)
+    logits = hidden @ weight.T + (bias if with_bias else 0)
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    loss = fused_loss(hidden, weight, bias if with_bias else None, targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-13)
+    (gradient,) = torch.autograd.grad(3 * loss, hidden)
+    (wanted,) = torch.autograd.grad(3 * expected, hidden)
+    assert torch.linalg.vector_norm(gradient - wanted) <= 1e-13 * max(1, torch.linalg.vector_norm(wanted))
+
+
+def test_gradient_of_the_fused_loss_is_that_of_its_values() -> None:
+    hidden, weight, bias, targets = head_of(torch.float64)
+    assert torch.autograd.gradcheck(lambda h: fused_loss(h, weight, bias, targets), [hidden])
+
+
+def test_the_fused_loss_of_bfloat16_is_as_near_to_the_exact_one_as_transformers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loop.loss, "VOCABULARY_BLOCK", 100)
+    hidden, weight, bias, targets = head_of(torch.bfloat16)
+    exact_hidden = hidden.detach().double().requires_grad_()
+    exact = torch.nn.functional.cross_entropy(
+        exact_hidden @ weight.double().T + bias.double(), targets, reduction="sum"
+    )
+    loss = fused_loss(hidden, weight, bias, targets)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=2e-3)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    (wanted,) = torch.autograd.grad(exact, exact_hidden)
+    assert gradient.dtype == torch.bfloat16
+    assert torch.linalg.vector_norm(gradient - wanted) <= 1e-2 * torch.linalg.vector_norm(wanted)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_the_fused_loss_of_what_is_not_finite_is_not_finite(bad: float) -> None:
+    hidden, weight, bias, targets = head_of(torch.float32)
+    assert not fused_loss(hidden * bad, weight, bias, targets).isfinite()
+    assert not fused_loss(hidden, weight.index_fill(0, torch.tensor([5]), bad), bias, targets).isfinite()
+
+
+class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+    """Remembers the elements of the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [tensor for tensor in torch.utils._pytree.tree_leaves(out) if isinstance(tensor, Tensor)]
+        self.elements = max([self.elements, *(tensor.numel() for tensor in made)])
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_no_tensor_of_tokens_times_vocabulary_is_ever_made(dtype: torch.dtype, with_gradient: bool) -> None:
+    hidden, weight = torch.randn(64, 8, dtype=dtype, requires_grad=True), torch.randn(20_000, 8, dtype=dtype)
+    targets = torch.randint(0, 20_000, (64,))
+    with LargestTensor() as seen, torch.set_grad_enabled(with_gradient):
+        loss = fused_loss(hidden, weight, None, targets)
+        if with_gradient:
+            loss.backward()
+    assert seen.elements == 64 * 4096  # one block; all would be 64 x 20,000
+    with LargestTensor() as seen:
+        torch.nn.functional.cross_entropy(hidden @ weight.T, targets)
+    assert seen.elements == 64 * 20_000
+
+
+def test_without_gradients_the_fused_loss_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, bias, targets = head_of(torch.float32)
+    products: list[str] = []
+    usual = Tensor.__matmul__
+    monkeypatch.setattr(Tensor, "__matmul__", lambda a, b: products.append("product") or usual(a, b))
+    with torch.no_grad():
+        evaluated = fused_loss(hidden, weight, bias, targets)
+    assert products == []
+    assert fused_loss(hidden, weight, bias, targets).item() == evaluated.item()
+    assert products == ["product"]
+
+
+def test_a_head_that_is_trained_or_not_plain_keeps_its_gradient(bloom: Path) -> None:
+    model, batch = load(bloom), batch_of(LENGTHS)
+    assert "lm_head.weight" in dict(model.named_parameters(remove_duplicate=False))
+    found = gradients(model, SummedLoss(model, model)(batch))["transformer.word_embeddings.weight"]
+    expected = gradients(model, transformers_loss(model, batch))["transformer.word_embeddings.weight"]
+    assert torch.linalg.vector_norm(found - expected) <= 2e-5 * torch.linalg.vector_norm(expected)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_loss_of_a_float64_model_is_float64_and_exact(
+    folder: Path, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loop.loss, "CHUNK_TARGETS", 7)
-    model, batch = load(folder, torch.float64), batch_of(LENGTHS)
-    ours = SummedLoss(model, model)(batch)
-    log_p = model(batch.input_ids, attention_mask=batch.attention_mask).logits.log_softmax(-1)
+    monkeypatch.setattr(loop.loss, "VOCABULARY_BLOCK", 100)
+    model, batch = freeze_head(load(folder, torch.float64)), batch_of(LENGTHS)
+    loss = SummedLoss(model, model)
+    loss.fused = fused
+    ours, inputs = loss(batch), padded_inputs(batch)
+    log_p = model(**inputs).logits.log_softmax(-1)
     by_hand = -sum(
-        log_p[row, place, batch.input_ids[row, place + 1]]
+        log_p[row, place, inputs["input_ids"][row, place + 1]]
         for row, length in enumerate(LENGTHS)
         for place in range(length - 1)
     )
@@ -74,77 +211,74 @@ def test_the_loss_of_a_float64_model_is_float64_and_exact(folder: Path, monkeypa
 
 
 def test_a_prompt_is_read_but_never_a_target(bloom: Path) -> None:
-    model = load(bloom, torch.float64)
+    model = freeze_head(load(bloom, torch.float64))
     batch = batch_of([12, 8], prompt=5)
-    log_p = model(batch.input_ids, attention_mask=batch.attention_mask).logits.log_softmax(-1)
+    inputs = padded_inputs(batch)
+    log_p = model(**inputs).logits.log_softmax(-1)
     by_hand = -sum(
-        log_p[row, token - 1, batch.input_ids[row, token]]
+        log_p[row, token - 1, inputs["input_ids"][row, token]]
         for row, length in enumerate([12, 8])
         for token in range(5, length)
     )
     assert SummedLoss(model, model)(batch).item() == pytest.approx(by_hand.item(), rel=1e-12)
 
 
-def test_what_stands_at_padding_does_not_matter(folder: Path) -> None:
-    model, batch = load(folder), batch_of(LENGTHS)
-    other = Batch(batch.input_ids.masked_fill(batch.attention_mask == 0, 77), batch.attention_mask, batch.targets)
-    assert SummedLoss(model, model)(other).item() == pytest.approx(SummedLoss(model, model)(batch).item(), rel=1e-6)
+WAYS = ["fused", "chunks", "own_logits"]
 
 
-@pytest.mark.parametrize("whole_model", [False, True])
-def test_under_bf16_autocast_the_sum_over_targets_and_chunks_is_float32(
-    bloom: Path, monkeypatch: pytest.MonkeyPatch, whole_model: bool
+def loss_by(way: str, model: PreTrainedModel) -> SummedLoss:
+    loss = SummedLoss(freeze_head(model), model)
+    loss.fused, loss.own_logits = way == "fused", way == "own_logits"
+    return loss
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_under_bf16_autocast_the_sum_over_targets_chunks_and_blocks_is_float32(
+    bloom: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     monkeypatch.setattr(loop.loss, "CHUNK_TARGETS", 1)  # one addition a target: in bfloat16 it would drift by percents
+    monkeypatch.setattr(loop.loss, "VOCABULARY_BLOCK", 2)
     model, batch = load(bloom), batch_of([256] * 8)
-    loss = SummedLoss(model, model)
-    loss.whole_model = whole_model
     with torch.autocast("cpu", torch.bfloat16):
-        ours = loss(batch)
-        logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits
+        ours = loss_by(way, model)(batch)
+        logits = model(**padded_inputs(batch)).logits
+        exact = -log_p_of_targets(model, batch).sum()
     assert logits.dtype == torch.bfloat16
-    log_p = logits.double().log_softmax(-1)[:, :-1]
-    exact = -log_p.gather(-1, batch.input_ids[:, 1:, None]).sum()
     assert ours.dtype == torch.float32
     assert ours.item() == pytest.approx(exact.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("whole_model", [False, True])
-def test_the_loss_of_a_bfloat16_model_is_summed_in_float32(folder: Path, whole_model: bool) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_the_loss_of_a_bfloat16_model_is_summed_in_float32(folder: Path, way: str) -> None:
     model, batch = load(folder, torch.bfloat16), batch_of([128] * 4)
-    loss = SummedLoss(model, model)
-    loss.whole_model = whole_model
-    log_p = model(batch.input_ids, attention_mask=batch.attention_mask).logits.double().log_softmax(-1)[:, :-1]
-    exact = -log_p.gather(-1, batch.input_ids[:, 1:, None]).sum()
-    assert loss(batch).dtype == torch.float32
-    assert loss(batch).item() == pytest.approx(exact.item(), rel=1e-5)
+    ours = loss_by(way, model)(batch)
+    assert ours.dtype == torch.float32
+    assert ours.item() == pytest.approx(-log_p_of_targets(model, batch).sum().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("whole_model", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("lengths", [[], [1], [1, 1, 1]])
 def test_a_batch_without_targets_gives_exactly_zero_and_zero_gradients(
-    folder: Path, lengths: list[int], whole_model: bool
+    folder: Path, lengths: list[int], way: str
 ) -> None:
     model = load(folder)
-    loss = SummedLoss(model, model)
-    loss.whole_model = whole_model
-    nothing = loss(batch_of(lengths))
+    nothing = loss_by(way, model)(batch_of(lengths))
     assert nothing.item() == 0.0
     nothing.backward()
+    learned = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    assert any(".weight" in name and "lm_head" not in name for name in learned)
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             assert not parameter.grad.any(), name
-    learned = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
-    assert any(".weight" in name and "lm_head" not in name for name in learned)
 
 
-def test_the_logits_of_no_more_targets_than_a_chunk_are_ever_asked_for(
+def test_in_chunks_the_logits_of_no_more_targets_than_a_chunk_are_ever_asked_for(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop.loss, "CHUNK_TARGETS", 16)
     model, rows = load(folder), []
     model.get_output_embeddings().register_forward_hook(lambda head, given, logits: rows.append(logits.shape[0]))
-    loss = SummedLoss(model, model)(batch_of(LENGTHS))
+    loss = loss_by("chunks", model)(batch_of(LENGTHS))
     assert rows == [16, 16, 16, 16, 16, 6]
     assert sum(rows) == TARGETS
     loss.backward()
@@ -164,7 +298,7 @@ def test_a_plain_head_is_kept(folder: Path) -> None:
     model = load(folder)
     loss = SummedLoss(model, model)
     assert check_head(loss, batch_of(LENGTHS), tolerance=1e-4) < 1e-5
-    assert not loss.whole_model
+    assert not loss.own_logits
 
 
 SMALL: dict[str, Any] = {
@@ -190,7 +324,7 @@ def test_scaled_or_capped_logits_are_found_and_the_models_own_loss_used(name: st
     theirs = transformers_loss(model, batch).item()
     assert loss(batch).item() != pytest.approx(theirs, rel=0.01)  # silently wrong without the check
     assert check_head(loss, batch, tolerance=1e-4) > 0.01
-    assert loss.whole_model
+    assert loss.own_logits
     assert loss(batch).item() == pytest.approx(theirs, rel=1e-6)
 
 
@@ -200,4 +334,4 @@ def test_a_head_that_gives_nan_is_not_trusted(bloom: Path) -> None:
     with torch.no_grad():
         model.get_input_embeddings().weight[5] = float("nan")
     check_head(loss, batch_of(LENGTHS), tolerance=1e-4)
-    assert loss.whole_model
+    assert loss.own_logits

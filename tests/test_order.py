@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loop.order import cut, draw, num_positions, num_steps, permutation
+from loop.order import cut, draw, forward_tokens, num_positions, num_steps, permutation
 
 quick = settings(derandomize=True, deadline=None, max_examples=60)
 
@@ -124,35 +124,67 @@ def test_the_last_step_may_be_short(positions: int, batch: int, steps: int) -> N
         ([4, 4, 4, 1, 1, 1], 8, 2, [[0], [1], [2], [3, 4, 5]]),
     ],
 )
-def test_rows_are_cut_longest_first(lengths: list[int], budget: int, processes: int, pieces: list[list[int]]) -> None:
-    assert [piece.tolist() for piece in cut(np.array(lengths), budget, processes)] == pieces
+def test_padded_rows_are_cut_longest_first(
+    lengths: list[int], budget: int, processes: int, pieces: list[list[int]]
+) -> None:
+    assert [piece.tolist() for piece in cut(np.array(lengths), budget, processes, padding_free=False)] == pieces
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget", "processes", "pieces"),
+    [
+        ([1, 9, 3, 5], 10, 1, [[1], [3, 2, 0]]),  # 9 | 5 3 1
+        ([1, 9, 3, 5], 18, 1, [[1, 3, 2, 0]]),
+        ([4, 4, 4, 4], 8, 1, [[0, 1], [2, 3]]),
+        ([5, 1, 1, 1, 1, 1], 6, 1, [[0], [1, 2, 3, 4, 5]]),  # 5 | 5, not 6 | 4
+        ([3, 2, 1], 100, 3, [[0], [1], [2]]),
+        ([6, 6, 6, 6], 24, 2, [[0, 1], [2, 3]]),
+        ([3], 100, 4, [[0], [], [], []]),
+        ([], 100, 2, [[], []]),
+    ],
+)
+def test_rows_without_padding_are_cut_by_the_sum_of_their_lengths(
+    lengths: list[int], budget: int, processes: int, pieces: list[list[int]]
+) -> None:
+    assert [piece.tolist() for piece in cut(np.array(lengths), budget, processes, padding_free=True)] == pieces
 
 
 def test_the_pieces_allowed_are_used_to_make_the_largest_small() -> None:
     # The budget alone would put all four on process 0.
-    assert [piece.tolist() for piece in cut(np.array([6, 6, 6, 6]), 24, 2)] == [[0, 1], [2, 3]]
+    assert [piece.tolist() for piece in cut(np.array([6, 6, 6, 6]), 24, 2, padding_free=False)] == [[0, 1], [2, 3]]
 
 
-def padded(lengths: np.ndarray, piece: np.ndarray) -> int:
-    return len(piece) * max((int(lengths[row]) for row in piece), default=0)
+@pytest.mark.parametrize(("lengths", "padded", "free"), [([7, 2, 2], 21, 11), ([7], 7, 7), ([], 1, 1)])
+def test_a_forward_computes_every_token_or_as_many_a_row_as_the_longest_has(
+    lengths: list[int], padded: int, free: int
+) -> None:
+    rows = np.array(lengths, dtype=np.int32)
+    assert (forward_tokens(rows, padding_free=False), forward_tokens(rows, padding_free=True)) == (padded, free)
 
 
-cuts = st.tuples(st.lists(st.integers(1, 30), max_size=40), st.integers(30, 200), st.integers(1, 5))
+def size(lengths: np.ndarray, piece: np.ndarray, padding_free: bool) -> int:
+    held = [int(lengths[row]) for row in piece]
+    return sum(held) if padding_free else len(held) * max(held, default=0)
+
+
+cuts = st.tuples(st.lists(st.integers(1, 30), max_size=40), st.integers(30, 200), st.integers(1, 5), st.booleans())
 
 
 @quick
 @given(cuts)
-def test_the_pieces_are_a_partition_of_the_rows_within_the_budget(case: tuple[list[int], int, int]) -> None:
-    lengths, budget, processes = np.array(case[0], dtype=np.int32), case[1], case[2]
-    pieces = cut(lengths, budget, processes)
+def test_the_pieces_are_a_partition_of_the_rows_within_the_budget(case: tuple[list[int], int, int, bool]) -> None:
+    lengths, budget, processes, padding_free = np.array(case[0], dtype=np.int32), *case[1:]
+    pieces = cut(lengths, budget, processes, padding_free)
     assert sorted(np.concatenate(pieces).tolist()) == list(range(len(lengths)))
-    assert max(padded(lengths, piece) for piece in pieces) <= budget
+    assert max(size(lengths, piece, padding_free) for piece in pieces) <= budget
     assert len(pieces) % processes == 0
 
 
 @quick
 @given(cuts)
-def test_rows_are_sorted_longest_first_and_equal_lengths_keep_the_drawn_order(case: tuple[list[int], int, int]) -> None:
+def test_rows_are_sorted_longest_first_and_equal_lengths_keep_the_drawn_order(
+    case: tuple[list[int], int, int, bool],
+) -> None:
     lengths = case[0]
     dealt = [int(row) for piece in cut(np.array(lengths, dtype=np.int32), *case[1:]) for row in piece]
     assert dealt == sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
@@ -160,7 +192,7 @@ def test_rows_are_sorted_longest_first_and_equal_lengths_keep_the_drawn_order(ca
 
 @quick
 @given(cuts)
-def test_a_piece_is_empty_only_where_rows_are_fewer_than_pieces(case: tuple[list[int], int, int]) -> None:
+def test_a_piece_is_empty_only_where_rows_are_fewer_than_pieces(case: tuple[list[int], int, int, bool]) -> None:
     sizes = [len(piece) for piece in cut(np.array(case[0], dtype=np.int32), *case[1:])]
     assert sizes.count(0) == max(0, len(sizes) - len(case[0]))
     assert sizes == sorted(sizes, key=lambda size: size == 0), "empty pieces are last"
@@ -183,7 +215,7 @@ def test_no_way_to_group_the_rows_needs_fewer_pieces(lengths: list[int], budget:
     within = [way for way in partitions(lengths) if all(len(group) * max(group) <= budget for group in way)]
     fewest = min(len(way) for way in within)
     allowed = math.ceil(fewest / processes) * processes
-    pieces = cut(np.array(lengths), budget, processes)
+    pieces = cut(np.array(lengths), budget, processes, padding_free=False)
     assert len(pieces) == allowed
     smallest = min(max(len(group) * max(group) for group in way) for way in within if len(way) <= allowed)
     assert max(len(piece) * max((lengths[row] for row in piece), default=0) for piece in pieces) == smallest
@@ -191,8 +223,8 @@ def test_no_way_to_group_the_rows_needs_fewer_pieces(lengths: list[int], budget:
 
 def test_a_row_above_the_budget_is_refused_with_both_numbers() -> None:
     with pytest.raises(ValueError, match="11 tokens is above micro_batch_tokens 10"):
-        cut(np.array([3, 11]), 10, 1)
+        cut(np.array([3, 11]), 10, 1, padding_free=True)
 
 
 def test_a_row_of_exactly_the_budget_fits() -> None:
-    assert Counter(len(piece) for piece in cut(np.array([10, 10]), 10, 1)) == {1: 2}
+    assert Counter(len(piece) for piece in cut(np.array([10, 10]), 10, 1, True)) == {1: 2}

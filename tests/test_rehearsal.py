@@ -18,6 +18,7 @@ from hypothesis import example, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
+from loop.batch import Batch
 from loop.config import Config
 from loop.data import Examples
 from loop.errors import NonFiniteError
@@ -49,14 +50,50 @@ def examples_of(lengths: list[int]) -> Examples:
     return Examples(Dataset.from_dict(rows), places, np.array(lengths, np.int32), np.array(lengths, np.int32) - 1)
 
 
-def steps_of(lengths: list[int], batch_size: int, budget: int, epochs: int = 1, process: int = 0, of: int = 1) -> Steps:
-    return Steps(examples_of(lengths), epochs * len(lengths), batch_size, budget, 42, 3, process, of)
+def steps_of(
+    lengths: list[int],
+    batch_size: int,
+    budget: int,
+    epochs: int = 1,
+    process: int = 0,
+    of: int = 1,
+    padding_free: bool = False,
+) -> Steps:
+    return Steps(examples_of(lengths), epochs * len(lengths), batch_size, budget, 42, padding_free, process, of)
 
 
 def largest(lengths: list[int], batch_size: int, budget: int, epochs: int = 1) -> list[tuple[int, int]]:
-    """Rows and width of each batch that is rehearsed."""
+    """Rows and width of each padded batch that is rehearsed."""
     batches = largest_batches(examples_of(lengths), budget, steps_of(lengths, batch_size, budget, epochs))
-    return [(len(batch.input_ids), batch.input_ids.shape[1]) for batch in batches]
+    return [(grid.rows, grid.width) for batch in batches for grid in batch.grids]
+
+
+def largest_free(lengths: list[int], batch_size: int, budget: int, epochs: int = 1) -> Batch:
+    """The one batch without padding that is rehearsed."""
+    steps = steps_of(lengths, batch_size, budget, epochs, padding_free=True)
+    (batch,) = largest_batches(examples_of(lengths), budget, steps)
+    return batch
+
+
+def row_lengths(batch: Batch) -> list[int]:
+    starts = [place for place, position in enumerate(batch.position_ids.tolist()) if position == 0]
+    return np.diff([*starts, len(batch.input_ids)]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget", "batch_size", "rows"),
+    [
+        ([10, 9, 9, 2], 30, 8, [10, 9, 9, 2]),
+        ([10, 9, 9, 2], 27, 8, [10, 9, 8]),  # the last is cut to fill the budget
+        ([10, 9, 9, 2], 19, 8, [10, 9]),
+        ([2, 9, 10, 9], 1000, 2, [10, 9]),  # the batch has two rows
+        ([7], 100, 1, [7]),
+    ],
+)
+def test_without_padding_the_longest_rows_that_fill_the_budget_are_rehearsed(
+    lengths: list[int], budget: int, batch_size: int, rows: list[int]
+) -> None:
+    assert row_lengths(largest_free(lengths, batch_size, budget)) == rows
 
 
 @pytest.mark.parametrize(
@@ -86,7 +123,7 @@ def micro_batches(lengths: list[int], batch_size: int, budget: int, epochs: int,
     for process in range(of):
         steps = steps_of(lengths, batch_size, budget, epochs, process, of)
         for step in range(num_steps(steps.positions, batch_size)):
-            shapes += [(len(batch.input_ids), batch.input_ids.shape[1]) for _, batch in steps[step].micro_batches]
+            shapes += [(grid.rows, grid.width) for _, batch in steps[step].micro_batches for grid in batch.grids]
     return shapes
 
 
@@ -118,6 +155,29 @@ def test_no_micro_batch_is_fuller_or_wider_or_of_larger_attention_than_the_rehea
     assert max(rows for rows, width in met if width == max(lengths)) <= rehearsed[0][0]
 
 
+@given(
+    lengths=st.lists(st.integers(2, 12), min_size=1, max_size=12),
+    more=st.integers(0, 40),
+    batch_size=st.integers(1, 16),
+    epochs=st.integers(1, 4),
+    processes=st.integers(1, 3),
+)
+@examples(derandomize=True, deadline=None, max_examples=60)
+def test_no_micro_batch_without_padding_has_more_tokens_targets_or_attention_than_the_rehearsed(
+    lengths: list[int], more: int, batch_size: int, epochs: int, processes: int
+) -> None:
+    budget = max(lengths) + more
+    rehearsed = largest_free(lengths, batch_size, budget, epochs)
+    assert len(rehearsed.input_ids) <= budget
+    for process in range(processes):
+        steps = steps_of(lengths, batch_size, budget, epochs, process, processes, padding_free=True)
+        for step in range(num_steps(steps.positions, batch_size)):
+            for _, batch in steps[step].micro_batches:
+                assert len(batch.input_ids) <= len(rehearsed.input_ids)
+                assert max(row_lengths(batch)) <= max(row_lengths(rehearsed))
+                assert sum(n**2 for n in row_lengths(batch)) <= sum(n**2 for n in row_lengths(rehearsed))
+
+
 # What a rehearsal leaves, and what it finds
 
 
@@ -131,7 +191,7 @@ def test_a_rehearsal_leaves_the_run_as_it_was(config: Configs, tokens: int | str
     weights = {name: tensor.clone() for name, tensor in before.model.state_dict().items()}
     after = rehearse(before, None)
     assert after.loss.training
-    assert not after.loss.whole_model
+    assert not after.loss.own_logits
     assert all(parameter.grad is None for parameter in after.parameters.values())
     assert not after.optimizer.state
     now = after.model.state_dict()

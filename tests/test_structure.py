@@ -12,11 +12,11 @@ ROOT = Path(__file__).parent.parent
 LOOP = ROOT / "loop"
 FLOORS = [
     {"errors", "batch", "foreign_keys", "memory", "quantise", "scan"},
-    {"config", "files", "signals", "loss_scale", "adapter", "hub", "manifest"},
-    {"data", "order", "collate", "loss", "model", "optim", "ledger", "sample", "launch"},
-    {"checkpoint", "steps"},
-    {"resume", "record", "heldout"},
-    {"run", "source"},
+    {"config", "files", "signals", "loss_scale", "adapter", "hub", "manifest", "attention"},
+    {"data", "order", "collate", "bloom", "model", "optim", "ledger", "sample", "launch"},
+    {"checkpoint", "steps", "body"},
+    {"resume", "record", "loss"},
+    {"heldout", "run", "source"},
     {"result", "rehearsal", "evidence"},
     {"train", "generate", "merge", "migration", "card"},
     {"plan"},
