@@ -90,3 +90,14 @@ def test_a_bloom_with_what_is_not_written_here_is_not_plain(knob: str) -> None:
     assert is_plain(BloomForCausalLM(config).transformer)
     setattr(config, knob, True if knob.startswith("apply") else 0.1)
     assert not is_plain(BloomForCausalLM(config).transformer)
+
+
+def test_with_gradient_checkpointing_each_block_is_computed_once_more(bloom: Path) -> None:
+    model, calls = load(bloom).train(), []
+    model.transformer.h[1].mlp.dense_h_to_4h.register_forward_hook(lambda *_: calls.append(1))
+    for checkpointed, times in ((False, 1), (True, 2)):
+        if checkpointed:
+            model.activation_checkpointing_enable()
+        calls.clear()
+        ours(model, rows()).sum().backward()
+        assert len(calls) == times

@@ -1,13 +1,16 @@
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub.constants import HF_HUB_CACHE
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
-from tests.conftest import flags
+from tests.conftest import VOCABULARY, flags
 from tests.processes import run, start
 
 Settings = Callable[..., dict[str, Any]]
@@ -63,3 +66,64 @@ def test_held_out_rows_that_are_also_trained_on_are_reported(settings: Settings,
     rows.write_text("".join(json.dumps({"text": f"row {i % 10} of ten"}) + "\n" for i in range(40)))
     launched = run(flags(settings(dataset_name=str(rows), eval_fraction=0.25, max_steps=1)), tmp_path / "log")
     assert "10 held-out rows also in train" in launched.text().splitlines()[0]
+
+
+def results(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The identity, and the lines of the ledger."""
+    lines = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    return json.loads((folder / "run.json").read_text())["identity"], lines
+
+
+def test_padding_and_the_fused_loss_can_be_switched_off_and_the_training_is_the_same(
+    settings: Settings, tmp_path: Path
+) -> None:
+    ways: dict[str, dict[str, Any]] = {
+        "fast": {},
+        "padded": {"padding_free": "false"},
+        "chunks": {"fused_loss": "false"},
+        "plain": {"padding_free": "false", "fused_loss": "false"},
+    }
+    found, said = {}, {}
+    for name, changed in ways.items():
+        used = settings(output_dir=str(tmp_path / name), eval_fraction=0.2, learning_rate=1e-3, **changed)
+        said[name] = run(flags(used), tmp_path / f"{name}.log").text()
+        found[name] = results(tmp_path / name)
+    expected = found["plain"][1]
+    for name, (identity, lines) in found.items():
+        assert identity["padding_free"] is ("padding_free" not in ways[name])
+        assert ("; padded rows, as asked" in said[name]) is not identity["padding_free"]
+        assert ("; rows end to end, no padding; hidden states within" in said[name]) is identity["padding_free"]
+        for line, reference in zip(lines, expected, strict=True):
+            if "loss" in line:
+                assert line["rows"] == reference["rows"]
+                assert line["loss"] == pytest.approx(reference["loss"], abs=2e-5)
+                assert line["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-3)
+                assert (line["padded_tokens"] == line["tokens"]) is identity["padding_free"]
+            else:
+                assert line["eval_loss"] == pytest.approx(reference["eval_loss"], abs=2e-5)
+    other = settings(output_dir=str(tmp_path / "fast"), eval_fraction=0.2, learning_rate=1e-3, padding_free="false")
+    refused = start(flags(other), tmp_path / "again.log")
+    assert refused.wait() == [4], refused.text()
+    assert "padding_free" in refused.text()
+
+
+def test_a_base_whose_attention_is_not_over_the_whole_row_is_trained_padded_and_the_run_says_so(
+    settings: Settings, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(
+        MistralConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=256, sliding_window=8,
+        )
+    )  # fmt: skip
+    for parameter in base.parameters():
+        parameter.data.mul_(3)
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(tmp_path / "base")
+    used = settings(model_name_or_path=str(tmp_path / "base"), max_steps=2)
+    launched = run(flags(used), tmp_path / "log")
+    identity, lines = results(Path(used["output_dir"]))
+    assert identity["padding_free"] is False
+    assert lines[0]["padded_tokens"] > lines[0]["tokens"]
+    assert re.search(r"; padded rows: without padding its hidden states are \de[-+]\d\d off its own", launched.text())
