@@ -1,7 +1,8 @@
 """AdamW over the adapter, and the learning rate as a pure function of the step."""
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import bitsandbytes
 import torch
@@ -19,20 +20,20 @@ def adamw(parameters: Iterable[nn.Parameter], config: Config) -> torch.optim.Opt
     parameters = list(parameters)
     if config.optim.startswith("paged") and parameters[0].device.type != "cuda":
         raise ConfigError(f"optim: {config.optim} pages GPU memory, and there is no GPU; write adamw_bnb_8bit")
-    kinds = {
-        "adamw_torch": torch.optim.AdamW,
+    one_kernel = parameters[0].device.type == "cuda" or None  # torch's own choice elsewhere; not yet run on a GPU
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "adamw_torch": functools.partial(torch.optim.AdamW, fused=one_kernel),
         "adamw_bnb_8bit": bitsandbytes.optim.AdamW8bit,
         "paged_adamw_32bit": bitsandbytes.optim.PagedAdamW32bit,
         "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
     }
-    optimizer: torch.optim.Optimizer = kinds[config.optim](
+    return kinds[config.optim](
         parameters,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
     )
-    return optimizer
 
 
 def warmup(config: Config, num_steps: int) -> int:

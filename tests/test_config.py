@@ -216,7 +216,7 @@ def test_everything_that_is_wrong_is_said_at_once(recipe: Recipe) -> None:
         "lerning_rate: unknown; did you mean learning_rate?",
         "lora_r: found '0', should be greater than or equal to 1 (flag)",
         "max_seq_length: write max_length",
-        "packing: padding_free: true, the default, needs no padding and lets no row see another; set micro_batch_tokens",
+        "packing: padding_free: true, the default, pads nothing and lets no row see another; set micro_batch_tokens",
         "seed: found -1, should be greater than or equal to 0 (file)",
     ]
 

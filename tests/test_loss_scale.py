@@ -348,6 +348,7 @@ def first_step(config: Configs, families: dict[str, Path]) -> Iterator[Callable[
             for parameter in run.parameters.values():
                 parameter.data += 0.02 * torch.randn_like(parameter)
             loss = Half(run.model, causal_lm_of(run.model)).train() if half else run.loss
+            loss.padding_free = run.loss.padding_free
             run = dataclasses.replace(run, loss=loss, loss_scale=scale)
             optimizer_step(run, run.steps[0], 1e-3, signals)
             return run, {name: parameter.grad for name, parameter in run.parameters.items()}
