@@ -1,9 +1,15 @@
 """The arithmetic of the benchmark. That it is fast is no test: see the README's table and the command beside it."""
 
+from pathlib import Path
+
 import pytest
 
-from tests.benchmark.__main__ import speed, table
+from tests.benchmark.__main__ import panel, speed, table
+from tests.benchmark.growth import PARTS, curve, plots
+from tests.benchmark.growth import table as growth_table
+from tests.benchmark.machine import in_a_fork, matrix_rate, peak_memory
 from tests.benchmark.peers import PEERS, Clock
+from tests.benchmark.picture import draw_growth, draw_speed
 from tests.benchmark.work import ROWS_PER_STEP, minimal_flops
 
 
@@ -11,7 +17,7 @@ def found(targets: int, seconds: float, memory: int) -> dict[str, object]:
     """Three steps of `targets` targets and `seconds` seconds each, behind a first one that took 10 s."""
     ends = [10.0 + seconds * step for step in range(3)]
     counts = {"targets": [targets] * 3, "tokens": [targets] * 3, "padded": [2 * targets] * 3}
-    return {"ends": ends, **counts, "peak_memory_bytes": memory}
+    return {"ends": ends, **counts, "peak_memory_bytes": memory, "rate": 264_241_152_000.0}  # 1,000 of R's targets
 
 
 def test_first_step_is_no_part_of_the_speed() -> None:
@@ -35,8 +41,11 @@ def test_table_gives_medians_and_ratios_to_the_trainer_as_it_comes() -> None:
         "trainer": [found(100, 1.0, 4_000_000_000), found(100, 2.0, 4_000_000_000), found(100, 1.0, 4_000_000_000)],
         "this loop": [found(250, 1.0, 1_000_000_000)],
     }
-    last = table("R", {"trainer": 4, "this loop": 1024}, results, rate=264_241_152 * 1000).splitlines()[-1]
-    assert last == "| this loop | 1,024 tokens | 250 | 2.50 | 1.00 GB | 0.25 | 10.0 s | 50% | 25% |"
+    lines = table("R", {"trainer": 4, "this loop": 1024}, results, [found(100, 1.0, 0)]).splitlines()
+    assert lines[-3] == "| this loop | 1,024 tokens | 250 | 2.50 | 1.00 GB | 0.25 | 10.0 s | 50% | 25% |"
+    assert (
+        lines[-1] == "R with one thread: 100 target tokens/s, 10% of the 264 GFLOP/s that a matrix product has there."
+    )
 
 
 def test_clock_counts_each_step_by_its_own_forwards() -> None:
@@ -56,3 +65,52 @@ def test_steps_of_every_padded_peer_are_of_as_many_rows_and_what_leaks_is_labell
         "trl, packed",
         "plain, blocks",
     ]
+
+
+def test_picture_of_the_speeds_is_the_same_bytes_twice_and_labels_who_trains_another_update(tmp_path: Path) -> None:
+    results = {
+        "trainer": [found(100, 1.0, 0), found(100, 4.0, 0), found(100, 2.0, 0)],  # 100, 25, 50 a second
+        "trl, packed": [found(125, 1.0, 0)],
+        "this loop": [found(200, 1.0, 0)],
+    }
+    drawn = panel("R", results)
+    assert [(bar.speeds, bar.ratio) for bar in drawn.bars] == [
+        ([25, 50, 100], 1),
+        ([125, 125, 125], 2.5),
+        ([200, 200, 200], 4),
+    ]
+    assert drawn.limit == 1000
+    for name in ("one.svg", "two.svg"):
+        draw_speed([drawn], "some machine", tmp_path / name)
+    picture = (tmp_path / "one.svg").read_text()
+    assert picture == (tmp_path / "two.svg").read_text()
+    assert picture.count("another update: rows in one sequence") == 1
+    assert "4.00 x" in picture
+    assert "some machine" in picture
+
+
+def test_growth_gives_medians_in_a_table_and_the_spread_in_a_picture(tmp_path: Path) -> None:
+    part = PARTS["rank"]
+    measured = {
+        "a checkpoint": {
+            x: [{"seconds": s * x, "mb": 2.0 * x, "trained": 10.0 * x} for s in (0.5, 0.25, 1)] for x in (4, 16)
+        }
+    }
+    assert growth_table(part, measured).splitlines()[-2:] == ["| 4 | 2 | 8 | 40 |", "| 16 | 8 | 32 | 160 |"]
+    line = curve("a checkpoint", measured["a checkpoint"], "seconds")
+    assert (line.xs, line.ys, line.lows, line.highs) == ([4, 16], [2, 8], [1, 4], [4, 16])
+    for name in ("one.svg", "two.svg"):
+        draw_growth(plots(part, measured), "some machine", tmp_path / name)
+    assert (tmp_path / "one.svg").read_text() == (tmp_path / "two.svg").read_text()
+    assert "lora_r" in (tmp_path / "one.svg").read_text()
+
+
+def test_peak_of_a_process_is_its_own_and_a_failed_one_gives_nothing() -> None:
+    assert in_a_fork(lambda: {"pid": True}) == {"pid": True}
+    assert in_a_fork(lambda: 1 // 0) is None
+    grown = in_a_fork(lambda: [peak_memory(), len(bytearray(b"x" * 200_000_000)), peak_memory()])
+    assert 200_000_000 <= grown[2] - grown[0] < 900_000_000
+
+
+def test_rate_of_a_matrix_product_is_measured_in_operations_a_second() -> None:
+    assert 1e8 < matrix_rate(1) < 1e15
