@@ -84,7 +84,7 @@ def test_picture_of_the_speeds_is_the_same_bytes_twice_and_labels_who_trains_ano
         draw_speed([drawn], "some machine", tmp_path / name)
     picture = (tmp_path / "one.svg").read_text()
     assert picture == (tmp_path / "two.svg").read_text()
-    assert picture.count("another update: rows in one sequence") == 1
+    assert picture.count("rows in one sequence see each other") == 1
     assert "4.00 x" in picture
     assert "some machine" in picture
 

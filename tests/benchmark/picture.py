@@ -20,6 +20,7 @@ _STYLE = {
     "font.size": 8.5,
     "svg.hashsalt": "benchmark",  # else the names inside the file are drawn by chance
     "svg.fonttype": "none",  # text stays text
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib; a reader without it has a narrower one
     "axes.spines.top": False,
     "axes.spines.right": False,
     "hatch.linewidth": 0.8,
@@ -93,16 +94,12 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         words.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8})
     axes.axvline(panel.limit, color="black", linestyle="--", linewidth=1)
     axes.text(panel.limit, -0.72, " 100 % of the rate of a matrix product", ha="right", va="bottom", fontsize=7.5)
-    axes.set_yticks(places, [_label(bar) for bar in panel.bars])
+    axes.set_yticks(places, [f"{bar.label}\n{bar.other_update}".strip() for bar in panel.bars])
     axes.set_ylim(len(panel.bars) - 0.5, -0.6)
     axes.set_xlim(0, max([panel.limit, *(bar.speeds[2] for bar in panel.bars)]) * 1.12)
-    axes.set_title(panel.title, loc="left", fontsize=9.5, fontweight="bold", pad=14)
-    axes.set_xlabel("real target tokens a second (x: times the Trainer as it comes)")
+    axes.set_title(panel.title, loc="right", fontsize=9, fontweight="bold", pad=14)  # longer than the axes
+    axes.set_xlabel("real target tokens a second; x: times the Trainer as it comes; hatched: trains another update")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
-
-
-def _label(bar: Bar) -> str:
-    return bar.label + (f"\n{textwrap.fill('another update: ' + bar.other_update, 46)}" if bar.other_update else "")
 
 
 def draw_growth(plots: list[Plot], heading: str, path: Path) -> None:
