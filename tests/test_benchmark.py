@@ -1,23 +1,31 @@
 """The arithmetic of the benchmark. That it is fast is no test: see the README's table and the command beside it."""
 
+import argparse
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+from tests.benchmark import __main__ as benchmark
 from tests.benchmark.__main__ import panel, speed, table
 from tests.benchmark.growth import PARTS, curve, plots
 from tests.benchmark.growth import table as growth_table
-from tests.benchmark.machine import in_a_fork, matrix_rate, peak_memory
+from tests.benchmark.machine import description, in_a_fork, matrix_rate, peak_memory
 from tests.benchmark.peers import PEERS, Clock
 from tests.benchmark.picture import draw_growth, draw_speed
-from tests.benchmark.work import ROWS_PER_STEP, minimal_flops
+from tests.benchmark.points import MEASURE, RAGGED, short_text, text_of
+from tests.benchmark.work import DEMO, ROWS_PER_STEP, minimal_flops
 
 
-def found(targets: int, seconds: float, memory: int) -> dict[str, object]:
-    """Three steps of `targets` targets and `seconds` seconds each, behind a first one that took 10 s."""
+def found(targets: int, seconds: float, memory: int, rate: float = 264_241_152_000.0) -> dict[str, object]:
+    """Three steps of `targets` targets and `seconds` seconds each, behind a first one that took 10 s.
+
+    By default a matrix product has the rate of 1,000 of R's targets a second."""
     ends = [10.0 + seconds * step for step in range(3)]
     counts = {"targets": [targets] * 3, "tokens": [targets] * 3, "padded": [2 * targets] * 3}
-    return {"ends": ends, **counts, "peak_memory_bytes": memory, "rate": 264_241_152_000.0}  # 1,000 of R's targets
+    return {"ends": ends, **counts, "peak_memory_bytes": memory, "rate": rate}
 
 
 def test_first_step_is_no_part_of_the_speed() -> None:
@@ -48,6 +56,35 @@ def test_table_gives_medians_and_ratios_to_the_trainer_as_it_comes() -> None:
     )
 
 
+def test_share_is_of_the_rate_that_was_measured_in_the_same_round() -> None:
+    slow_then_fast = [found(100, 1.0, 0, 264_241_152 * 200.0), found(400, 1.0, 0, 264_241_152 * 800.0)]
+    last = table("R", {"this loop": 512}, {"this loop": slow_then_fast}, []).splitlines()[-1]
+    assert last.endswith("| 50% | 50% |")  # padding, share
+
+
+def test_every_other_repeat_goes_backwards_and_each_round_begins_with_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def matrix_rate(threads: int) -> float:
+        calls.append(f"rate {threads}")
+        return float(threads)
+
+    def measure(peer: str, proxy: str, folder: Path, steps: int, micro: int, threads: int) -> dict[str, object] | None:
+        calls.append(f"{peer} {threads}")
+        return None if peer == "trl" else {"steps": steps}
+
+    monkeypatch.setattr(benchmark, "matrix_rate", matrix_rate)
+    monkeypatch.setattr(benchmark, "measure", measure)
+    sizes = {"R": {"trainer": 4, "plain": 0, "trl": 1, "this loop": 512}}  # plain failed at every size
+    options = argparse.Namespace(repeats=2, threads=2, steps=5)
+    results, alone = benchmark.measure_all([*sizes["R"]], {"R": Path()}, sizes, options)
+    forwards = ["rate 1", "rate 2", "trainer 2", "trl 2", "this loop 2", "this loop 1"]
+    assert calls == [*forwards, "rate 1", "rate 2", "this loop 2", "trl 2", "trainer 2", "this loop 1"]
+    assert results["R"]["this loop"] == [{"steps": 5, "rate": 2.0}] * 2
+    assert results["R"]["trl"] == results["R"]["plain"] == []
+    assert alone["R"] == [{"steps": 5, "rate": 1.0}] * 2
+
+
 def test_clock_counts_each_step_by_its_own_forwards() -> None:
     clock = Clock()
     clock.saw(5, 6, 8)
@@ -59,7 +96,8 @@ def test_clock_counts_each_step_by_its_own_forwards() -> None:
 
 
 def test_steps_of_every_padded_peer_are_of_as_many_rows_and_what_leaks_is_labelled() -> None:
-    assert all(ROWS_PER_STEP % micro == 0 for name in ("trainer", "trl", "plain") for micro in PEERS[name].micro)
+    padded = ("trainer", "trainer, grouped", "trl", "plain")
+    assert all(ROWS_PER_STEP % micro == 0 for name in padded for micro in PEERS[name].micro)
     assert [name for name, peer in PEERS.items() if peer.other_update] == [
         "trl, padding-free",
         "trl, packed",
@@ -103,6 +141,48 @@ def test_growth_gives_medians_in_a_table_and_the_spread_in_a_picture(tmp_path: P
         draw_growth(plots(part, measured), "some machine", tmp_path / name)
     assert (tmp_path / "one.svg").read_text() == (tmp_path / "two.svg").read_text()
     assert "lora_r" in (tmp_path / "one.svg").read_text()
+
+
+def test_point_that_failed_is_left_out_of_table_and_picture(tmp_path: Path) -> None:
+    part = PARTS["rows"]
+    point = {name: 2.0 for name in part.measures}
+    measured = {"first time": {10: [point], 100: [point], 1000: []}, "second time": {10: [], 100: [], 1000: []}}
+    assert growth_table(part, measured).splitlines()[-2:] == [
+        "| 100 | 2 |  | 2 |  | 2 |  | 2 |  | 2 |  |",
+        "| 1,000 |  |  |  |  |  |  |  |  |  |  |",
+    ]
+    drawn = plots(part, measured)
+    assert [[(line.name, line.xs) for line in plot.curves] for plot in drawn] == [[("first time", [10, 100])]] * 3
+    nothing = plots(part, {series: {10: []} for series in part.series})
+    draw_growth([*drawn, *nothing], "some machine", tmp_path / "growth.svg")
+
+
+def test_texts_have_the_lengths_that_growth_is_measured_against() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
+    end_of_text = 1
+    for length in (2, 3, 64, 2048):
+        assert len(tokenizer(text_of(length))["input_ids"]) + end_of_text == length
+    assert sum(RAGGED) == 8192
+    assert [short_text(row) for row in range(3)] == ["0", "row 1", "2"]
+
+
+def test_every_part_of_growth_has_what_it_is_measured_by() -> None:
+    assert [*PARTS] == [*MEASURE]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere getrusage's is used, which may be inherited")
+def test_peak_is_none_that_was_inherited_from_a_larger_parent() -> None:
+    code = "from tests.benchmark.machine import peak_memory; print(peak_memory())"
+    assert peak_memory() > 300_000_000  # this process has imported torch
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100_000_000
+
+
+def test_machine_is_described_in_one_line() -> None:
+    words = description(threads=1)
+    assert ", 1 of " in words
+    assert ", torch " in words
+    assert "\n" not in words
 
 
 def test_peak_of_a_process_is_its_own_and_a_failed_one_gives_nothing() -> None:

@@ -117,9 +117,10 @@ def table(part: Part, found: Found) -> str:
 
 
 def plots(part: Part, found: Found) -> list[Plot]:
-    """Its first measures, a plot each."""
+    """Its first measures, a plot each; without the series of which no point was measured."""
+    shown = [series for series in part.series if any(found[series].values())]
     return [
-        Plot(part.title, title, part.axis, [curve(series, found[series], measured) for series in part.series])
+        Plot(part.title, title, part.axis, [curve(series, found[series], measured) for series in shown])
         for measured, title in list(part.measures.items())[:COLUMNS]
     ]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 WIDTH = 9.375  # inches: 675 points, 900 pixels
 COLUMNS = 3  # of the drawing of growth
@@ -111,7 +111,8 @@ def draw_growth(plots: list[Plot], heading: str, path: Path) -> None:
             for axes, plot in zip(
                 part.subplots(1, COLUMNS, squeeze=False)[0], [plot for plot in plots if plot.row == row]
             ):
-                _draw_plot(axes, plot)
+                if plot.curves:
+                    _draw_plot(axes, plot)
             for axes in part.axes:
                 axes.set_visible(axes.has_data())
         figure.supxlabel(textwrap.fill(heading, 140), fontsize=8, color="#555555")
@@ -140,7 +141,9 @@ def _draw_plot(axes: Axes, plot: Plot) -> None:
     axes.set_xticks(plot.curves[0].xs, [f"{x:,}" for x in plot.curves[0].xs])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
-    axes.yaxis.set_minor_locator(NullLocator())
+    if steep:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(color="#e8eaed", linewidth=0.6)
     axes.legend(fontsize=6.5, frameon=False)
 
