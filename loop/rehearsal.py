@@ -75,10 +75,9 @@ def largest_batches(examples: Examples, micro_batch_tokens: int, steps: Steps) -
     longest_first = np.repeat(np.argsort(-examples.lengths, kind="stable"), repeats)  # a step may straddle epochs
     widths = examples.lengths[longest_first].astype(np.int64)
     if steps.padding_free:  # one has it all: the longest rows, the last of them cut so that it fills the budget
-        rows = examples.read(longest_first[: min(steps.global_batch_size, micro_batch_tokens)])
-        room = micro_batch_tokens - np.cumsum([0, *(len(row.input_ids) for row in rows)])
-        filled = [row._replace(input_ids=row.input_ids[:left]) for row, left in zip(rows, room) if left > 0]
-        return [collate(filled, padding_free=True)]
+        room = (micro_batch_tokens - (np.cumsum(widths) - widths))[: steps.global_batch_size]  # left before each row
+        rows = examples.read(longest_first[: np.count_nonzero(room > 0)])
+        return [collate([row._replace(input_ids=row.input_ids[:left]) for row, left in zip(rows, room)], True)]
     # What a layer keeps grows with the tokens, what eager attention keeps with the rows and the square of the width.
     fits = np.minimum(micro_batch_tokens // widths, steps.global_batch_size)
     fits = np.minimum(fits, np.arange(len(widths), 0, -1))

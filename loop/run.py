@@ -138,15 +138,16 @@ def _prepare_loss(accelerator: Accelerator, config: Config, model: PeftModel, da
     # evaluation_mode: device and autocast, no DDP, whose buckets would make a resume on 3 processes inexact.
     loss: SummedLoss = accelerator.prepare_model(SummedLoss(model, causal_lm), evaluation_mode=True)
     exact = accelerator.mixed_precision == "no" and next(loss.parameters()).dtype.itemsize >= 4
-    by_length = np.argsort(-data.train.lengths, kind="stable")
-    shortest = collate(data.train.read(by_length[-1:]), padding_free=False)  # own logits are of every token
-    check_head(loss.eval(), shortest.to(device), tolerance=1e-4 if exact else 1e-2)
+    shortest, longest = data.train.lengths.argmin(), data.train.lengths.argmax()
+    row = collate(data.train.read(np.array([shortest])), padding_free=False)  # own logits are of every token
+    check_head(loss.eval(), row.to(device), tolerance=1e-4 if exact else 1e-2)
     loss.fused = config.fused_loss
     if loss.own_logits:
         return loss.train(), "padded rows, its own logits at their memory: head(hidden) is not them"
     if not config.padding_free:
         return loss.train(), "padded rows, as asked"
-    ends = data.train.read(by_length[[0, -1]])  # the longest: a window of attention shows only where a row exceeds it
+    # The longest too: a window of attention shows only where a row exceeds it.
+    ends = data.train.read(np.array([longest, shortest]))
     padded, free = (collate(ends, padding_free).to(device) for padding_free in (False, True))
     tolerance = 1e-4 if exact else 5e-2
     with accelerator.autocast():
