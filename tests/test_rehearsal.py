@@ -279,11 +279,7 @@ def start_limited(settings: Settings, long_rows: Path, tmp_path: Path) -> Callab
     """The real program on long rows with 70 MiB to spare: eight rows of 512 tokens need about 100."""
 
     def of(
-        name: str,
-        mebibytes: int | None = 70,
-        num_processes: int = 1,
-        processes: tuple[int, ...] = (0,),
-        **changed: Any,
+        name: str, mebibytes: int | None = 70, num_processes: int = 1, processes: tuple[int, ...] = (0,), **changed: Any
     ) -> tuple[Path, Launched]:
         usual = {"dataset_name": str(long_rows), "max_length": 512, "micro_batch_tokens": "auto", "max_steps": 2}
         used = settings(**{**usual, "output_dir": str(tmp_path / name), "learning_rate": 1e-3, **changed})
