@@ -2,14 +2,22 @@
 
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
+_STATUS = Path("/proc/self/status")
+
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's allocator, else of this whole process."""
+    """Bytes: of the GPU's allocator, else of this whole process.
+
+    Not getrusage's on Linux: that starts at the peak of the launcher, which it inherits through fork and exec."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if _STATUS.is_file():
+        (line,) = [line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
+        return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, but bytes on macOS
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -1,22 +1,23 @@
 """The arithmetic of the benchmark. That it is fast is no test: see the README's table and the command beside it."""
 
 import argparse
-import subprocess
-import sys
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from loop.memory import peak_memory
 from tests.benchmark import __main__ as benchmark
 from tests.benchmark.__main__ import panel, speed, table
 from tests.benchmark.growth import PARTS, curve, plots
 from tests.benchmark.growth import table as growth_table
-from tests.benchmark.machine import description, in_a_fork, matrix_rate, peak_memory
+from tests.benchmark.machine import description, in_a_fork, matrix_rate
 from tests.benchmark.peers import PEERS, Clock
 from tests.benchmark.picture import draw_growth, draw_speed
-from tests.benchmark.points import MEASURE, RAGGED, short_text, text_of
-from tests.benchmark.work import DEMO, ROWS_PER_STEP, minimal_flops
+from tests.benchmark.points import CPU, MEASURE, RAGGED, short_text, text_of
+from tests.benchmark.work import DEMO, ROWS_PER_STEP, minimal_flops, rows_file, write_rows
 
 
 def found(targets: int, seconds: float, memory: int, rate: float = 264_241_152_000.0) -> dict[str, object]:
@@ -170,14 +171,6 @@ def test_every_part_of_growth_has_what_it_is_measured_by() -> None:
     assert [*PARTS] == [*MEASURE]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere getrusage's is used, which may be inherited")
-def test_peak_is_none_that_was_inherited_from_a_larger_parent() -> None:
-    code = "from tests.benchmark.machine import peak_memory; print(peak_memory())"
-    assert peak_memory() > 300_000_000  # this process has imported torch
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 100_000_000
-
-
 def test_machine_is_described_in_one_line() -> None:
     words = description(threads=1)
     assert ", 1 of " in words
@@ -188,9 +181,20 @@ def test_machine_is_described_in_one_line() -> None:
 def test_peak_of_a_process_is_its_own_and_a_failed_one_gives_nothing() -> None:
     assert in_a_fork(lambda: {"pid": True}) == {"pid": True}
     assert in_a_fork(lambda: 1 // 0) is None
-    grown = in_a_fork(lambda: [peak_memory(), len(bytearray(b"x" * 200_000_000)), peak_memory()])
+    grown = in_a_fork(lambda: [peak_memory(CPU), len(bytearray(b"x" * 200_000_000)), peak_memory(CPU)])
     assert 200_000_000 <= grown[2] - grown[0] < 900_000_000
 
 
 def test_rate_of_a_matrix_product_is_measured_in_operations_a_second() -> None:
     assert 1e8 < matrix_rate(1) < 1e15
+
+
+def test_rows_of_a_measurement_are_those_of_its_steps_but_the_first_and_have_the_demos_lengths(tmp_path: Path) -> None:
+    write_rows(tmp_path, steps=5)
+    rows = [json.loads(line)["quote"] for line in rows_file(tmp_path, 5).read_text().splitlines()]
+    assert len(rows) == len(set(rows)) == 4 * 32
+    demo = [json.loads(line)["quote"] for line in (DEMO / "quotes.jsonl").read_text().splitlines()]
+    assert set(rows) <= set(demo)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
+    mean, of_all = (np.mean([len(ids) for ids in tokenizer(texts)["input_ids"]]) for texts in (rows, demo))
+    assert mean == pytest.approx(of_all, rel=0.02)

@@ -2,6 +2,8 @@
 
 import ctypes
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,6 +90,15 @@ def test_the_peak_is_what_the_system_says_of_this_process() -> None:
     assert peak_memory(CPU) >= psutil.Process().memory_info().rss * 0.98
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system's own count is used, which may be inherited")
+def test_the_peak_is_none_that_was_inherited_from_a_larger_parent() -> None:
+    grown = ctypes.create_string_buffer(2**30)
+    ctypes.memset(grown, 1, 2**30)
+    code = "import torch; from loop.memory import peak_memory; print(peak_memory(torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 50e6 < int(done.stdout) < 2**30
+
+
 def _grow_and_shrink(report: str) -> None:
     """Write down the peak before, with and after 256 MiB that were written to."""
     peaks = [peak_memory(CPU)]
@@ -106,5 +117,5 @@ def test_the_peak_grows_by_what_is_used_and_stays_when_that_is_given_back(tmp_pa
     assert process.exitcode == 0
     before, during, after = map(int, (tmp_path / "peaks").read_text().split())
     assert during - before == pytest.approx(2**28, rel=0.05)
-    assert after == during
+    assert after == pytest.approx(during, rel=0.01)  # the kernel counts in batches
     assert before > 50e6  # torch alone

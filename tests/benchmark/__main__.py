@@ -17,12 +17,13 @@ from typing import Any
 from tests.benchmark.machine import description, matrix_rate
 from tests.benchmark.peers import PEERS
 from tests.benchmark.picture import Bar, Panel, draw_speed
-from tests.benchmark.work import PROXIES, minimal_flops, write_model
+from tests.benchmark.work import PROXIES, minimal_flops, write_model, write_rows
 
 Result = dict[str, Any]
 Results = dict[str, dict[str, list[Result]]]
 """Proxy -> peer -> one for each repeat that did not fail."""
 OURS = "this loop"
+TRIAL_STEPS = 3
 
 
 def measure(peer: str, proxy: str, folder: Path, steps: int, micro: int, threads: int) -> Result | None:
@@ -51,7 +52,7 @@ def share(proxy: str, found: Result) -> float:
 
 def best_size(peer: str, proxy: str, folder: Path, threads: int) -> int:
     """The micro-batch size at which a peer is fastest, from one short run of each; 0 where all failed."""
-    tried = {micro: measure(peer, proxy, folder, 3, micro, threads) for micro in PEERS[peer].micro}
+    tried = {micro: measure(peer, proxy, folder, TRIAL_STEPS, micro, threads) for micro in PEERS[peer].micro}
     speeds = {micro: speed(found) for micro, found in tried.items() if found is not None}
     return max(speeds, key=lambda micro: speeds[micro]) if speeds else 0
 
@@ -149,6 +150,8 @@ def main() -> None:
         folders = {proxy: Path(name) / proxy for proxy in options.proxies.split(",")}
         for proxy, folder in folders.items():
             write_model(proxy, folder)
+            for steps in {TRIAL_STEPS, options.steps}:
+                write_rows(folder, steps)
         given = dict(pair.replace(":", ", ").split("=") for pair in options.sizes.split(",") if pair)
         sizes = {
             proxy: {peer: int(given.get(peer, 0)) or best_size(peer, proxy, folder, options.threads) for peer in peers}

@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import traceback
@@ -67,17 +66,8 @@ def in_a_fork(function: Callable[..., Any], *arguments: Any) -> Any:
     return json.loads(text) if text else None
 
 
-def peak_memory() -> int:
-    """Bytes that this process had at most, since it began or since `forget_peak`.
-
-    Not getrusage's on Linux: that starts at the peak of the process which started this one, through fork and exec."""
-    if _STATUS.is_file():
-        return _status("VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def memory() -> int:
-    """Bytes that this process has now, pages of mapped files included. Linux only, as are the two below."""
+    """Bytes that this process has now, pages of mapped files included. Linux only, as are those below."""
     return _status("VmRSS")
 
 
@@ -87,7 +77,7 @@ def own_memory() -> int:
 
 
 def forget_peak() -> None:
-    """Let `peak_memory` start from what there is now."""
+    """Let `loop.memory.peak_memory` start from what there is now."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -29,15 +29,17 @@ from loop.batch import Example
 from loop.collate import collate
 from loop.config import Config
 from loop.launch import make_accelerator
+from loop.memory import peak_memory
 from loop.optim import learning_rate
 from loop.rehearsal import rehearse
 from loop.run import Run, prepare_run
 from loop.signals import Signals
 from loop.train import open_record, optimizer_step, save
-from tests.benchmark.machine import forget_peak, in_a_fork, memory, own_memory, peak_memory
+from tests.benchmark.machine import forget_peak, in_a_fork, memory, own_memory
 from tests.benchmark.work import DEMO, LORA, SEED
 
 Result = dict[str, float]
+CPU = torch.device("cpu")
 WORD = "the"  # one token of the demo's tokenizer, also behind a space
 SHAPES = {"head": (256, 2, 8), "tiny": (32, 2, 4), "deep": (768, 8, 12)}  # hidden size, layers, attention heads
 RAGGED = [*range(2, 128), 65]
@@ -123,7 +125,7 @@ def rows_point(folder: Path, number: int, series: str) -> Result:
     return {
         "seconds": prepared,
         "step_ms": statistics.median(seconds[1:]) * 1e3,
-        "above_mb": (peak_memory() - before) / 1e6,
+        "above_mb": (peak_memory(CPU) - before) / 1e6,
         "first_step_ms": seconds[0] * 1e3,
         "own_mb": own / 1e6,
     }
@@ -248,5 +250,5 @@ def _account() -> tuple[int, int]:
 
 
 def _needed(before: int, seconds: list[float]) -> Result:
-    peak = peak_memory()
+    peak = peak_memory(CPU)
     return {"seconds": statistics.median(seconds), "above_mb": (peak - before) / 1e6, "whole_mb": peak / 1e6}

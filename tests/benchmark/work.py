@@ -1,5 +1,6 @@
 """What every peer is given: a small model with the proportions of a large one, the demo's rows, LoRA, rows per step."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,23 @@ def write_model(name: str, folder: Path) -> None:
     torch.manual_seed(SEED)
     AutoModelForCausalLM.from_config(PROXIES[name].config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(DEMO / "model").save_pretrained(folder)
+
+
+def rows_file(folder: Path, steps: int) -> Path:
+    """Where the rows of a measurement of so many steps are."""
+    return folder / f"rows-of-{steps}-steps.jsonl"
+
+
+def write_rows(folder: Path, steps: int) -> None:
+    """The rows of a measurement: as many as its steps hold without the first, so that the steps behind it train them
+    all once. Theirs are the demo's lengths: of its rows, ordered by length, each so many-th."""
+    texts = [json.loads(line)["quote"] for line in (DEMO / "quotes.jsonl").read_text().splitlines()]
+    lengths = [len(ids) for ids in AutoTokenizer.from_pretrained(DEMO / "model")(texts)["input_ids"]]
+    ordered = sorted(range(len(texts)), key=lambda row: lengths[row])
+    number = ROWS_PER_STEP * (steps - 1)
+    chosen = sorted(ordered[(2 * i + 1) * len(texts) // (2 * number)] for i in range(number))
+    lines = [json.dumps({"quote": texts[row]}) + "\n" for row in chosen]
+    rows_file(folder, steps).write_text("".join(lines))
 
 
 def minimal_flops(name: str, targets: int) -> float:
