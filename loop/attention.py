@@ -15,16 +15,19 @@ ROWS = "rows"
 """The name under which transformers finds `rows_attention`, as it finds "sdpa" or "eager"."""
 
 
-def biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grids: list[Grid]) -> Tensor:
+def biased_attention(qkv: Tensor, bias: Tensor, grids: list[Grid]) -> Tensor:
     """Attention with `bias` added to its scores, -inf where a key is not to be seen.
 
-    Shapes: query, key, value and the result (T, heads, head size); bias (heads, query, key) of the widest row."""
+    Shapes: qkv (T, heads, 3, head size), a query, a key and a value; bias (1, heads, query, key) of the widest row, in
+    four dimensions, because torch's kernels that keep no scores ask for them; returns (T, heads, head size)."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        width = q.shape[2]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, :width, :width]).transpose(1, 2)
+    def attend(qkv: Tensor) -> Tensor:
+        query, key, value = qkv.transpose(1, 2).unbind(-2)
+        width = query.shape[2]
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias[..., :width, :width])
+        return mixed.transpose(1, 2)
 
-    return _on_grids(attend, query, key, value, grids)
+    return _on_grids(attend, (qkv,), grids)
 
 
 def rows_attention(
@@ -43,22 +46,20 @@ def rows_attention(
     if grids is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(*padded: Tensor) -> Tensor:
+        q, k, v = (tensor.transpose(1, 2) for tensor in padded)
         return sdpa_attention_forward(module, q, k, v, None, **options)[0]
 
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return _on_grids(attend, query, key, value, grids)[None], None
+    end_to_end = tuple(tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return _on_grids(attend, end_to_end, grids)[None], None
 
 
-def _on_grids(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor, grids: list[Grid]
-) -> Tensor:
-    """(T, heads, head size) through `attend` on (rows, heads, width, head size), grid by grid, and back."""
+def _on_grids(attend: Callable[..., Tensor], tensors: tuple[Tensor, ...], grids: list[Grid]) -> Tensor:
+    """(T, ...) through `attend` on (rows, width, ...), grid by grid, and back."""
     sizes = [len(grid.places) for grid in grids]
     mixed = []
-    for grid, *qkv in zip(grids, *(torch.split(tensor, sizes) for tensor in (query, key, value))):
-        q, k, v = (grid.pad(tensor).transpose(1, 2) for tensor in qkv)
-        mixed.append(grid.unpad(attend(q, k, v)))
+    for grid, *parts in zip(grids, *(torch.split(tensor, sizes) for tensor in tensors)):
+        mixed.append(grid.unpad(attend(*(grid.pad(part) for part in parts))))
     return torch.cat(mixed)
 
 

@@ -24,12 +24,20 @@ class Grid(NamedTuple):
 
     def pad(self, values: Tensor) -> Tensor:
         """(tokens, ...) -> (rows, width, ...), zero at padding."""
-        padded = values.new_zeros((self.rows * self.width, *values.shape[1:]))
-        return padded.index_copy(0, self.places, values).view(self.rows, self.width, *values.shape[1:])
+        padded = values
+        if not self._is_full:
+            padded = values.new_zeros((self.rows * self.width, *values.shape[1:])).index_copy(0, self.places, values)
+        return padded.view(self.rows, self.width, *values.shape[1:])
 
     def unpad(self, padded: Tensor) -> Tensor:
         """(rows, width, ...) -> (tokens, ...)."""
-        return padded.flatten(0, 1).index_select(0, self.places)
+        flat = padded.flatten(0, 1)
+        return flat if self._is_full else flat.index_select(0, self.places)
+
+    @property
+    def _is_full(self) -> bool:
+        """Is no row shorter than another? Then nothing need be copied."""
+        return len(self.places) == self.rows * self.width
 
 
 class Batch(NamedTuple):

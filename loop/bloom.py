@@ -42,16 +42,16 @@ def bloom_block(block: Any, hidden: Tensor, bias: Tensor, grids: list[Grid]) -> 
     """A BloomBlock: attention and MLP, each behind a norm and added to what it was given. Shapes: (T, hidden size)."""
     attention, mlp = block.self_attention, block.mlp
     fused = attention.query_key_value(block.input_layernorm(hidden))
-    query, key, value = fused.unflatten(-1, (attention.num_heads, 3, attention.head_dim)).unbind(-2)
-    hidden = hidden + attention.dense(biased_attention(query, key, value, bias, grids).flatten(1))
+    qkv = fused.unflatten(-1, (attention.num_heads, 3, attention.head_dim))
+    hidden = hidden + attention.dense(biased_attention(qkv, bias, grids).flatten(1))
     widened = mlp.dense_h_to_4h(block.post_attention_layernorm(hidden))
     added: Tensor = hidden + mlp.dense_4h_to_h(F.gelu(widened, approximate="tanh"))
     return added
 
 
 def causal_alibi(width: int, num_heads: int, like: Tensor) -> Tensor:
-    """transformers' ALiBi of the keys' places in their row, -inf on the future. Shapes: (heads, width, width)."""
+    """transformers' ALiBi of the keys' places in their row, -inf on the future. Shapes: (1, heads, width, width)."""
     row = torch.ones(1, width, dtype=torch.int64, device=like.device)
     alibi: Tensor = build_alibi_tensor(row, num_heads, like.dtype)
     future = torch.ones(width, width, dtype=torch.bool, device=like.device).triu(1)
-    return alibi.masked_fill(future, float("-inf"))
+    return alibi.masked_fill(future, float("-inf"))[None]

@@ -47,7 +47,7 @@ def test_attention_with_a_bias_is_softmax_over_the_rows_own_past(padding_free: b
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], dtype=torch.float64)
     bias = (slopes[:, None, None] * torch.arange(9)).expand(HEADS, 9, 9)
     bias = bias.masked_fill(torch.ones(9, 9).triu(1).bool(), -math.inf)
-    found = biased_attention(query, key, value, bias, layout(padding_free).grids)
+    found = biased_attention(torch.stack([query, key, value], 2), bias[None], layout(padding_free).grids)
     torch.testing.assert_close(found, by_hand(query, key, value, slopes), rtol=0, atol=1e-13)
 
 
@@ -79,3 +79,15 @@ def test_without_grids_it_is_transformers_own() -> None:
 
 def test_transformers_finds_it_by_its_name() -> None:
     assert AttentionInterface()[ROWS] is rows_attention
+
+
+def test_attention_with_a_bias_keeps_no_scores_for_the_backward() -> None:
+    """Of one row of 512 tokens; its scores would be as large as the bias, which every layer shares."""
+    kept: list[int] = []
+    qkv = torch.randn(512, HEADS, 3, SIZE, requires_grad=True)
+    bias = torch.zeros(1, HEADS, 512, 512)
+    grids = collate([Example([7] * 512, 0)], padding_free=True).grids
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.untyped_storage().nbytes()), id):
+        biased_attention(qkv, bias, grids)
+    assert kept.count(4 * HEADS * 512 * 512) == 1  # 4 MiB, the bias itself
+    assert sum(kept) < 1.25 * 4 * HEADS * 512 * 512

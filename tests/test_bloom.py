@@ -81,7 +81,7 @@ def test_torchs_gelu_is_blooms() -> None:
 def test_alibi_falls_with_distance_and_hides_the_future() -> None:
     bias = causal_alibi(3, 2, torch.zeros(1))
     a, b, no = 1 / 16, 1 / 256, -torch.inf  # the slopes of two heads: 2**-4, 2**-8
-    assert bias.tolist() == [[[0, no, no], [0, a, no], [0, a, 2 * a]], [[0, no, no], [0, b, no], [0, b, 2 * b]]]
+    assert bias.tolist() == [[[[0, no, no], [0, a, no], [0, a, 2 * a]], [[0, no, no], [0, b, no], [0, b, 2 * b]]]]
 
 
 @pytest.mark.parametrize("knob", ["hidden_dropout", "attention_dropout", "apply_residual_connection_post_layernorm"])

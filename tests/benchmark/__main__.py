@@ -52,6 +52,8 @@ def share(proxy: str, found: Result) -> float:
 
 def best_size(peer: str, proxy: str, folder: Path, threads: int) -> int:
     """The micro-batch size at which a peer is fastest, from one short run of each; 0 where all failed."""
+    if len(PEERS[peer].micro) == 1:
+        return PEERS[peer].micro[0]
     tried = {micro: measure(peer, proxy, folder, TRIAL_STEPS, micro, threads) for micro in PEERS[peer].micro}
     speeds = {micro: speed(found) for micro, found in tried.items() if found is not None}
     return max(speeds, key=lambda micro: speeds[micro]) if speeds else 0

@@ -209,6 +209,7 @@ _LEAK = "rows in one sequence see each other"
 ROWS = (1, 2, 4, 8)
 PEERS = {
     "trainer": Peer("transformers Trainer, as it comes", trainer, ROWS),
+    "trainer, default size": Peer("the same, at its default of 8 rows", trainer, (8,)),
     "trainer, grouped": Peer("Trainer, rows grouped by length", trainer, ROWS, {"sampling": "group_by_length"}),
     "trl": Peer("TRL SFTTrainer, padded", trl, (1, 4), {"max_length": MAX_LENGTH}),
     "trl, padding-free": Peer(
