@@ -42,9 +42,13 @@ def rows_attention(
     """transformers' own SDPA, on each grid of rows. Padding stands behind every token of its row, so none sees it.
 
     Without `grids` (a sample that is generated) it is transformers' SDPA, unchanged.
+    Raises: ValueError for what that leaves to a mask, which is not made here, or does not have at all.
     Shapes: query (1, heads, T, head size), key and value with their own heads; returns (1, T, heads, head size)."""
     if grids is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    window = options.get("sliding_window")
+    if options.get("s_aux") is not None or (window is not None and window < max(grid.width for grid in grids)):
+        raise ValueError("attention sinks, or a window narrower than a row")
 
     def attend(*padded: Tensor) -> Tensor:
         q, k, v = (tensor.transpose(1, 2) for tensor in padded)

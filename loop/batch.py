@@ -26,7 +26,7 @@ class Grid(NamedTuple):
         """(tokens, ...) -> (rows, width, ...), zero at padding."""
         padded = values
         if not self._is_full:
-            padded = values.new_zeros((self.rows * self.width, *values.shape[1:])).index_copy(0, self.places, values)
+            padded = values.new_zeros((self.rows * self.width, *values.shape[1:])).index_copy_(0, self.places, values)
         return padded.view(self.rows, self.width, *values.shape[1:])
 
     def unpad(self, padded: Tensor) -> Tensor:

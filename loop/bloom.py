@@ -28,7 +28,9 @@ def bloom_hidden(model: BloomModel, batch: Batch) -> Tensor:
 
     Source: transformers 5.23, models/bloom/modeling_bloom.py, BloomModel.forward."""
     hidden = model.word_embeddings_layernorm(model.word_embeddings(batch.input_ids))
-    bias = causal_alibi(max(grid.width for grid in batch.grids), model.num_heads, hidden)
+    device = hidden.device.type  # in the dtype of attention, else autocast would make every layer a copy of its own
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    bias = causal_alibi(max(grid.width for grid in batch.grids), model.num_heads, dtype, hidden.device)
     for block in model.h:
         if model.training and block.gradient_checkpointing:
             hidden = checkpoint(bloom_block, block, hidden, bias, batch.grids, use_reentrant=False)
@@ -49,9 +51,9 @@ def bloom_block(block: Any, hidden: Tensor, bias: Tensor, grids: list[Grid]) -> 
     return added
 
 
-def causal_alibi(width: int, num_heads: int, like: Tensor) -> Tensor:
+def causal_alibi(width: int, num_heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """transformers' ALiBi of the keys' places in their row, -inf on the future. Shapes: (1, heads, width, width)."""
-    row = torch.ones(1, width, dtype=torch.int64, device=like.device)
-    alibi: Tensor = build_alibi_tensor(row, num_heads, like.dtype)
-    future = torch.ones(width, width, dtype=torch.bool, device=like.device).triu(1)
+    row = torch.ones(1, width, dtype=torch.int64, device=device)
+    alibi: Tensor = build_alibi_tensor(row, num_heads, dtype)
+    future = torch.ones(width, width, dtype=torch.bool, device=device).triu(1)
     return alibi.masked_fill(future, float("-inf"))[None]

@@ -57,6 +57,8 @@ class _FusedLoss(torch.autograd.Function):
     Logits are never whole: for each block of the vocabulary exp(logit - largest yet) is summed, and multiplied with
     the block's own rows of the head, which gives the gradient of log-sum-exp; what an older, smaller maximum
     was used for is shrunk to the new one. So each logit is computed once, and a block of them fits the cache.
+    The target's own weight is kept out of these sums: where it is nearly all of the probability, its row of the head,
+    rounded to bf16 in one product and subtracted exact, would leave more rounding than gradient.
     Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; Dao et al. 2022
     (FlashAttention), algorithm 1, whose keys and values are both the head's rows here."""
 
@@ -67,21 +69,23 @@ class _FusedLoss(torch.autograd.Function):
         """Shapes: hidden (N, hidden size), weight (V, hidden size), bias (V,), targets (N,) -> scalar."""
         dtype = _loss_dtype(hidden)
         largest = hidden.new_full((len(hidden), 1), -math.inf, dtype=dtype)
-        total, wanted = torch.zeros_like(largest), torch.zeros_like(largest)  # sum of exp(logit - largest); logit
-        pulled = torch.zeros_like(hidden, dtype=dtype)  # sum of exp(logit - largest) * the head's row
+        others, wanted = torch.zeros_like(largest), torch.zeros_like(largest)  # sum of exp(logit - largest); logit
+        pulled = torch.zeros_like(hidden, dtype=dtype)  # sum of exp(logit - largest) * the head's row, as of `others`
         for start in range(0, len(weight), VOCABULARY_BLOCK):
             block = weight[start : start + VOCABULARY_BLOCK]
             product = F.linear(hidden, block, None if bias is None else bias[start : start + VOCABULARY_BLOCK])
             logits, place = product.to(dtype), (targets - start)[:, None]
-            inside = (place >= 0) & (place < len(block))
-            wanted = torch.where(inside, logits.gather(1, place.clamp(0, len(block) - 1)), wanted)
+            inside, place = (place >= 0) & (place < len(block)), place.clamp(0, len(block) - 1)
+            wanted = torch.where(inside, logits.gather(1, place), wanted)
             before, largest = largest, torch.maximum(largest, logits.amax(1, keepdim=True))
             weights = logits.sub_(largest).mul_(math.log2(math.e)).exp2_()  # exp, at a third of its price on a CPU
+            weights.scatter_(1, place, weights.gather(1, place).masked_fill_(inside, 0.0))
             shrink = (before - largest).exp_()
-            total.mul_(shrink).add_(weights.sum(1, keepdim=True))
+            others.mul_(shrink).add_(weights.sum(1, keepdim=True))
             if with_gradient:
                 pulled.mul_(shrink).add_(weights.to(product.dtype) @ block)
-        ctx.save_for_backward((pulled / total).sub_(weight[targets]) if with_gradient else None)
+        total = others + (wanted - largest).exp()
+        ctx.save_for_backward(pulled.sub_(others * weight[targets]).div_(total) if with_gradient else None)
         ctx.dtype = hidden.dtype
         return (largest + total.log() - wanted).sum()
 

@@ -15,9 +15,9 @@ def peak_memory(device: torch.device) -> int:
     Not getrusage's on Linux: that starts at the peak of the launcher, which it inherits through fork and exec."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if _STATUS.is_file():
-        (line,) = [line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
-        return int(line.split()[1]) * 1024
+    for line in _STATUS.read_text().splitlines() if _STATUS.is_file() else []:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, but bytes on macOS
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loop.batch import Batch
+from loop.batch import Batch, Example
 from loop.checkpoint import Checkpoint
 from loop.collate import collate
 from loop.data import Examples
@@ -70,16 +70,20 @@ def largest_that_fits(run: Run, first: int | None) -> int:
 
 
 def largest_batches(examples: Examples, micro_batch_tokens: int, steps: Steps) -> list[Batch]:
-    """Micro-batches that are as large as any that training may meet, in tokens, in width, and in attention."""
+    """Micro-batches that are as large as any that training may meet, in tokens, in targets, in width, and in attention.
+
+    Without padding attention still pads rows to one of like length: its copies of queries, keys and values, and those
+    alone, may be up to half as large again in a step whose rows differ more than the rehearsed ones."""
     repeats = 1 + math.ceil(steps.global_batch_size / len(examples)) if steps.positions > len(examples) else 1
     longest_first = np.repeat(np.argsort(-examples.lengths, kind="stable"), repeats)  # a step may straddle epochs
     widths = examples.lengths[longest_first].astype(np.int64)
     if steps.padding_free:  # one has it all: the longest rows, the last of them cut so that it fills the budget
         room = (micro_batch_tokens - (np.cumsum(widths) - widths))[: steps.global_batch_size]  # left before each row
         rows = examples.read(longest_first[: np.count_nonzero(room > 0)])
-        return [collate([row._replace(input_ids=row.input_ids[:left]) for row, left in zip(rows, room)], True)]
+        return [collate([Example(row.input_ids[:left], 0) for row, left in zip(rows, room)], padding_free=True)]
     # What a layer keeps grows with the tokens, what eager attention keeps with the rows and the square of the width.
     fits = np.minimum(micro_batch_tokens // widths, steps.global_batch_size)
     fits = np.minimum(fits, np.arange(len(widths), 0, -1))
     starts = sorted({0, int(np.argmax(fits * widths)), int(np.argmax(fits * widths**2))})
-    return [collate(examples.read(longest_first[at : at + fits[at]]), padding_free=False) for at in starts]
+    wholes = [examples.read(longest_first[at : at + fits[at]]) for at in starts]
+    return [collate([Example(row.input_ids, 0) for row in rows], padding_free=False) for rows in wholes]

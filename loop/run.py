@@ -1,5 +1,6 @@
 """A run, ready for its first step: model, data, optimizer, and the identity that names it."""
 
+import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -138,7 +139,7 @@ def _prepare_loss(accelerator: Accelerator, config: Config, model: PeftModel, da
     # evaluation_mode: device and autocast, no DDP, whose buckets would make a resume on 3 processes inexact.
     loss: SummedLoss = accelerator.prepare_model(SummedLoss(model, causal_lm), evaluation_mode=True)
     exact = accelerator.mixed_precision == "no" and next(loss.parameters()).dtype.itemsize >= 4
-    shortest, longest = data.train.lengths.argmin(), data.train.lengths.argmax()
+    shortest = data.train.lengths.argmin()
     row = collate(data.train.read(np.array([shortest])), padding_free=False)  # own logits are of every token
     check_head(loss.eval(), row.to(device), tolerance=1e-4 if exact else 1e-2)
     loss.fused = config.fused_loss
@@ -147,7 +148,8 @@ def _prepare_loss(accelerator: Accelerator, config: Config, model: PeftModel, da
     if not config.padding_free:
         return loss.train(), "padded rows, as asked"
     # The longest too: a window of attention shows only where a row exceeds it.
-    ends = data.train.read(np.array([longest, shortest]))
+    widest = max((data.train, data.heldout), key=lambda part: part.lengths.max(initial=0))
+    ends = widest.read(np.array([widest.lengths.argmax()])) + data.train.read(np.array([shortest]))
     padded, free = (collate(ends, padding_free).to(device) for padding_free in (False, True))
     tolerance = 1e-4 if exact else 5e-2
     with accelerator.autocast():
@@ -155,6 +157,8 @@ def _prepare_loss(accelerator: Accelerator, config: Config, model: PeftModel, da
     loss.padding_free = difference < tolerance
     if loss.padding_free:
         return loss.train(), f"rows end to end, no padding; hidden states within {difference:.0e} of its own forward"
+    if difference == math.inf:
+        return loss.train(), "padded rows: transformers has no other layout for this model and rows of this length"
     return loss.train(), f"padded rows: without padding its hidden states are {difference:.0e} off its own forward"
 
 

@@ -1,6 +1,7 @@
 """Each row sees itself, causally, and no other: held against softmax written out, one row at a time, in float64."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +76,19 @@ def test_without_grids_it_is_transformers_own() -> None:
     given = [random(HEADS, seed).transpose(0, 1)[None] for seed in range(3)]
     expected, _ = sdpa_attention_forward(Module(1), *given, None)
     assert rows_attention(Module(1), *given, None)[0].equal(expected)
+
+
+@pytest.mark.parametrize("option", [{"s_aux": torch.zeros(HEADS)}, {"sliding_window": 8}])  # a row has 9 tokens
+def test_what_transformers_leaves_to_a_mask_or_ignores_in_its_sdpa_is_refused(option: dict[str, Any]) -> None:
+    given = [random(HEADS, seed).transpose(0, 1)[None] for seed in range(3)]
+    with pytest.raises(ValueError, match="attention sinks, or a window narrower than a row"):
+        rows_attention(Module(1), *given, None, grids=layout(padding_free=True).grids, **option)
+
+
+def test_a_window_as_wide_as_the_longest_row_changes_nothing() -> None:
+    given = [random(HEADS, seed).transpose(0, 1)[None] for seed in range(3)]
+    found, _ = rows_attention(Module(1), *given, None, grids=layout(padding_free=True).grids, sliding_window=9)
+    torch.testing.assert_close(found[0], by_hand(*(t[0].transpose(0, 1) for t in given)), rtol=0, atol=1e-13)
 
 
 def test_transformers_finds_it_by_its_name() -> None:

@@ -1,10 +1,8 @@
 """The arithmetic of the benchmark. That it is fast is no test: see the README's table and the command beside it."""
 
 import argparse
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -17,7 +15,7 @@ from tests.benchmark.machine import description, in_a_fork, matrix_rate
 from tests.benchmark.peers import PEERS, Clock
 from tests.benchmark.picture import draw_growth, draw_speed
 from tests.benchmark.points import CPU, MEASURE, RAGGED, short_text, text_of
-from tests.benchmark.work import DEMO, ROWS_PER_STEP, minimal_flops, rows_file, write_rows
+from tests.benchmark.work import DEMO, ROWS_PER_STEP, minimal_flops
 
 
 def found(targets: int, seconds: float, memory: int, rate: float = 264_241_152_000.0) -> dict[str, object]:
@@ -187,14 +185,3 @@ def test_peak_of_a_process_is_its_own_and_a_failed_one_gives_nothing() -> None:
 
 def test_rate_of_a_matrix_product_is_measured_in_operations_a_second() -> None:
     assert 1e8 < matrix_rate(1) < 1e15
-
-
-def test_rows_of_a_measurement_are_those_of_its_steps_but_the_first_and_have_the_demos_lengths(tmp_path: Path) -> None:
-    write_rows(tmp_path, steps=5)
-    rows = [json.loads(line)["quote"] for line in rows_file(tmp_path, 5).read_text().splitlines()]
-    assert len(rows) == len(set(rows)) == 4 * 32
-    demo = [json.loads(line)["quote"] for line in (DEMO / "quotes.jsonl").read_text().splitlines()]
-    assert set(rows) <= set(demo)
-    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
-    mean, of_all = (np.mean([len(ids) for ids in tokenizer(texts)["input_ids"]]) for texts in (rows, demo))
-    assert mean == pytest.approx(of_all, rel=0.02)

@@ -79,7 +79,7 @@ def test_torchs_gelu_is_blooms() -> None:
 
 
 def test_alibi_falls_with_distance_and_hides_the_future() -> None:
-    bias = causal_alibi(3, 2, torch.zeros(1))
+    bias = causal_alibi(3, 2, torch.float32, torch.device("cpu"))
     a, b, no = 1 / 16, 1 / 256, -torch.inf  # the slopes of two heads: 2**-4, 2**-8
     assert bias.tolist() == [[[[0, no, no], [0, a, no], [0, a, 2 * a]], [[0, no, no], [0, b, no], [0, b, 2 * b]]]]
 
@@ -101,3 +101,21 @@ def test_with_gradient_checkpointing_each_block_is_computed_once_more(bloom: Pat
         calls.clear()
         ours(model, rows()).sum().backward()
         assert len(calls) == times
+
+
+def test_under_autocast_all_layers_share_one_bias_of_the_dtype_of_attention(bloom: Path) -> None:
+    """Else each layer would keep a copy of its own, as large as the scores that attention does not keep."""
+    model, kept = load(bloom).train(), set[tuple[int, torch.dtype]]()
+    batch = collate([Example(row, 0) for row in rows()], True)
+    biases = model.config.n_head * 40 * 40  # numbers in one, for a longest row of 40
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() == biases * tensor.element_size() and tensor.dim() == 4:
+            kept.add((storage.data_ptr(), tensor.dtype))
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16):
+        bloom_hidden(model.transformer, batch)
+    assert [dtype for _, dtype in kept] == [torch.bfloat16]

@@ -80,6 +80,16 @@ def row_lengths(batch: Batch) -> list[int]:
     return np.diff([*starts, len(batch.input_ids)]).tolist()
 
 
+def test_tokens_of_prompts_are_rehearsed_as_targets_for_a_step_may_have_rows_with_short_ones() -> None:
+    rows = {"input_ids": [[5] * 10, [5] * 10], "target_start": [9, 1]}
+    lengths = np.array([10, 10], np.int32)
+    examples = Examples(Dataset.from_dict(rows), np.arange(2), lengths, np.array([1, 9], np.int32))
+    for padding_free in (True, False):
+        steps = Steps(examples, 2, 1, 10, 42, padding_free, 0, 1)
+        (batch,) = largest_batches(examples, 10, steps)
+        assert len(batch.targets) == 9
+
+
 @pytest.mark.parametrize(
     ("lengths", "budget", "batch_size", "rows"),
     [
@@ -169,6 +179,7 @@ def test_no_micro_batch_without_padding_has_more_tokens_targets_or_attention_tha
     assert len(rehearsed.input_ids) <= budget
     for batch in batches_of_run(lengths, batch_size, budget, epochs, processes, padding_free=True):
         assert len(batch.input_ids) <= len(rehearsed.input_ids)
+        assert len(batch.targets) <= len(rehearsed.targets)
         assert max(row_lengths(batch)) <= max(row_lengths(rehearsed))
         assert sum(n**2 for n in row_lengths(batch)) <= sum(n**2 for n in row_lengths(rehearsed))
 

@@ -1,5 +1,4 @@
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -126,4 +125,4 @@ def test_a_base_whose_attention_is_not_over_the_whole_row_is_trained_padded_and_
     identity, lines = results(Path(used["output_dir"]))
     assert identity["padding_free"] is False
     assert lines[0]["padded_tokens"] > lines[0]["tokens"]
-    assert re.search(r"; padded rows: without padding its hidden states are \de[-+]\d\d off its own", launched.text())
+    assert "; padded rows: transformers has no other layout for this model" in launched.text()

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, TrainerCallback
 
 from loop.memory import peak_memory
-from tests.benchmark.work import LEARNING_RATE, LORA, MAX_LENGTH, PROXIES, ROWS_PER_STEP, SEED, rows_file
+from tests.benchmark.work import DEMO, LEARNING_RATE, LORA, MAX_LENGTH, PROXIES, ROWS_PER_STEP, SEED
 
 STARTED = psutil.Process().create_time()
 
@@ -66,11 +66,11 @@ class StepEnds(TrainerCallback):
         self._clock.step()
 
 
-def rows(file: Path) -> Dataset:
-    return load_dataset("json", data_files=str(file), split="train")
+def rows() -> Dataset:
+    return load_dataset("json", data_files=str(DEMO / "quotes.jsonl"), split="train").select_columns("quote")
 
 
-def tokenised(file: Path, tokenizer: Any) -> Dataset:
+def tokenised(tokenizer: Any) -> Dataset:
     """Each row's tokens with an end-of-text, cut at MAX_LENGTH, and its length."""
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
@@ -78,7 +78,7 @@ def tokenised(file: Path, tokenizer: Any) -> Dataset:
         ids = tokenizer(texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]
         return {"input_ids": ids, "length": [len(row) for row in ids]}
 
-    return rows(file).map(encode, batched=True, remove_columns="quote")
+    return rows().map(encode, batched=True, remove_columns="quote")
 
 
 def lora(proxy: str) -> LoraConfig:
@@ -108,7 +108,7 @@ def trainer(clock: Clock, proxy: str, folder: Path, steps: int, micro: int, samp
         Trainer(
             model=model,
             args=TrainingArguments(**arguments(steps, micro, output, train_sampling_strategy=sampling)),
-            train_dataset=tokenised(rows_file(folder, steps), tokenizer),
+            train_dataset=tokenised(tokenizer),
             data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
             callbacks=[StepEnds(clock)],
         ).train()
@@ -128,7 +128,7 @@ def trl(
         SFTTrainer(
             model=model,
             args=config,
-            train_dataset=rows(rows_file(folder, steps)),
+            train_dataset=rows(),
             processing_class=AutoTokenizer.from_pretrained(folder),
             peft_config=lora(proxy),
             callbacks=[StepEnds(clock)],
@@ -145,7 +145,7 @@ def plain(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = adapted(proxy, folder)
     clock.watch(model.get_base_model())
-    data = tokenised(rows_file(folder, steps), tokenizer).remove_columns("length")
+    data = tokenised(tokenizer).remove_columns("length")
     if block:
         joined = [token for row in data["input_ids"] for token in row]
         pieces = [joined[i : i + block] for i in range(0, len(joined) - block + 1, block)]
@@ -182,7 +182,7 @@ def this_loop(clock: Clock, proxy: str, folder: Path, steps: int, micro: int) ->
 
     with tempfile.TemporaryDirectory() as output:
         config = Config(
-            model_name_or_path=str(folder), dataset_name=str(rows_file(folder, steps)), dataset_text_field="quote",
+            model_name_or_path=str(folder), dataset_name=str(DEMO / "quotes.jsonl"), dataset_text_field="quote",
             output_dir=output, lora_target_modules=PROXIES[proxy].target_modules, max_length=MAX_LENGTH,
             micro_batch_tokens=micro, global_batch_size=ROWS_PER_STEP, max_steps=steps, learning_rate=LEARNING_RATE,
             lora_r=LORA["r"], lora_alpha=LORA["lora_alpha"],
@@ -200,7 +200,7 @@ def this_loop(clock: Clock, proxy: str, folder: Path, steps: int, micro: int) ->
 class Peer:
     about: str
     measure: Callable[..., None]
-    micro: tuple[int, ...]  # sizes that are tried, the best is taken: rows, or padded tokens for this loop
+    micro: tuple[int, ...]  # sizes that are tried, the best is taken: rows, or tokens for this loop
     how: dict[str, Any] = field(default_factory=dict)
     other_update: str = ""  # how what it trains on differs from the rows one by one
 

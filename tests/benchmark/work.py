@@ -1,6 +1,5 @@
 """What every peer is given: a small model with the proportions of a large one, the demo's rows, LoRA, rows per step."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,28 +55,12 @@ def write_model(name: str, folder: Path) -> None:
     AutoTokenizer.from_pretrained(DEMO / "model").save_pretrained(folder)
 
 
-def rows_file(folder: Path, steps: int) -> Path:
-    """Where the rows of a measurement of so many steps are."""
-    return folder / f"rows-of-{steps}-steps.jsonl"
-
-
-def write_rows(folder: Path, steps: int) -> None:
-    """The rows of a measurement: as many as its steps hold without the first, so that the steps behind it train them
-    all once. Theirs are the demo's lengths: of its rows, ordered by length, each so many-th."""
-    texts = [json.loads(line)["quote"] for line in (DEMO / "quotes.jsonl").read_text().splitlines()]
-    lengths = [len(ids) for ids in AutoTokenizer.from_pretrained(DEMO / "model")(texts)["input_ids"]]
-    ordered = sorted(range(len(texts)), key=lambda row: lengths[row])
-    number = ROWS_PER_STEP * (steps - 1)
-    chosen = sorted(ordered[(2 * i + 1) * len(texts) // (2 * number)] for i in range(number))
-    lines = [json.dumps({"quote": texts[row]}) + "\n" for row in chosen]
-    rows_file(folder, steps).write_text("".join(lines))
-
-
 def minimal_flops(name: str, targets: int) -> float:
     """What the products of the forward and of the gradients that LoRA needs cost, for the real targets alone.
 
     2 for the forward and 2 for the gradient of the activations, for each weight of a matrix and each target; the frozen
-    weights have no gradient. The adapter itself is below a hundredth of it and is left out."""
+    weights have no gradient. Left out: the adapter and attention's own products, each a hundredth or two of it, and
+    that nobody needs the gradient below the first adapter, which is as much the other way."""
     model = PROXIES[name].config
     if name == "L":
         layer = 4 * model.hidden_size**2 + 3 * model.hidden_size * model.intermediate_size
