@@ -92,7 +92,8 @@ def table(proxy: str, sizes: dict[str, int], results: dict[str, list[Result]], a
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for peer, m in medians.items():
-        about = PEERS[peer].about + (f" ({PEERS[peer].other_update})" if PEERS[peer].other_update else "")
+        differs = PEERS[peer].differs(proxy)
+        about = PEERS[peer].about + (f" ({differs})" if differs else "")
         unit = "tokens" if peer == OURS else "rows"
         ratios = (m["speed"] / reference["speed"], m["memory"] / reference["memory"])
         lines.append(
@@ -127,7 +128,7 @@ def panel(proxy: str, results: dict[str, list[Result]]) -> Panel:
         median = statistics.median(numbers)
         ratio = median / reference if reference else None
         low_median_high = [numbers[0], median, numbers[-1]]
-        bars.append(Bar(PEERS[peer].about, low_median_high, ratio, peer == OURS, PEERS[peer].other_update))
+        bars.append(Bar(PEERS[peer].about, low_median_high, ratio, peer == OURS, PEERS[peer].differs(proxy)))
     rate = statistics.median(one["rate"] for found in results.values() for one in found)
     return Panel(f"{proxy}: {PROXIES[proxy].about}", bars, rate / minimal_flops(proxy, 1))
 

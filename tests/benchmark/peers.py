@@ -16,7 +16,13 @@ import torch
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    LlamaConfig,
+    TrainerCallback,
+)
 
 from loop.memory import peak_memory
 from tests.benchmark.work import DEMO, LEARNING_RATE, LORA, MAX_LENGTH, PROXIES, ROWS_PER_STEP, SEED
@@ -203,6 +209,11 @@ class Peer:
     micro: tuple[int, ...]  # sizes that are tried, the best is taken: rows, or tokens for this loop
     how: dict[str, Any] = field(default_factory=dict)
     other_update: str = ""  # how what it trains on differs from the rows one by one
+    resets_positions: bool = False  # of which all models but BLOOM, that has none, make a mask between the rows
+
+    def differs(self, proxy: str) -> str:
+        """`other_update`, on this proxy."""
+        return "" if self.resets_positions and isinstance(PROXIES[proxy].config, LlamaConfig) else self.other_update
 
 
 _LEAK = "rows in one sequence see each other"
@@ -213,10 +224,10 @@ PEERS = {
     "trainer, grouped": Peer("Trainer, rows grouped by length", trainer, ROWS, {"sampling": "group_by_length"}),
     "trl": Peer("TRL SFTTrainer, padded", trl, (1, 4), {"max_length": MAX_LENGTH}),
     "trl, padding-free": Peer(
-        "TRL SFTTrainer, padding-free", trl, (1, 4), {"padding_free": True, "max_length": None}, _LEAK
+        "TRL SFTTrainer, padding-free", trl, (1, 4), {"padding_free": True, "max_length": None}, _LEAK, True
     ),
     "trl, packed": Peer(
-        "TRL SFTTrainer, packed", trl, (1, 4), {"packing": True, "max_length": MAX_LENGTH, "a_step": 4}, _LEAK
+        "TRL SFTTrainer, packed", trl, (1, 4), {"packing": True, "max_length": MAX_LENGTH, "a_step": 4}, _LEAK, True
     ),
     "plain": Peer("accelerate loop of the examples, padded", plain, ROWS),
     "plain, blocks": Peer(
