@@ -139,8 +139,8 @@ def _prepare_loss(accelerator: Accelerator, config: Config, model: PeftModel, da
     # evaluation_mode: device and autocast, no DDP, whose buckets would make a resume on 3 processes inexact.
     loss: SummedLoss = accelerator.prepare_model(SummedLoss(model, causal_lm), evaluation_mode=True)
     exact = accelerator.mixed_precision == "no" and next(loss.parameters()).dtype.itemsize >= 4
-    shortest = data.train.lengths.argmin()
-    row = collate(data.train.read(np.array([shortest])), padding_free=False)  # own logits are of every token
+    shortest = data.train.read(np.array([data.train.lengths.argmin()]))
+    row = collate(shortest, padding_free=False)  # own logits are of every token
     check_head(loss.eval(), row.to(device), tolerance=1e-4 if exact else 1e-2)
     loss.fused = config.fused_loss
     if loss.own_logits:
@@ -149,7 +149,7 @@ def _prepare_loss(accelerator: Accelerator, config: Config, model: PeftModel, da
         return loss.train(), "padded rows, as asked"
     # The longest too: a window of attention shows only where a row exceeds it.
     widest = max((data.train, data.heldout), key=lambda part: part.lengths.max(initial=0))
-    ends = widest.read(np.array([widest.lengths.argmax()])) + data.train.read(np.array([shortest]))
+    ends = widest.read(np.array([widest.lengths.argmax()])) + shortest
     padded, free = (collate(ends, padding_free).to(device) for padding_free in (False, True))
     tolerance = 1e-4 if exact else 5e-2
     with accelerator.autocast():

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BloomConfig,
     DataCollatorForLanguageModeling,
-    LlamaConfig,
     TrainerCallback,
 )
 
@@ -209,11 +209,12 @@ class Peer:
     micro: tuple[int, ...]  # sizes that are tried, the best is taken: rows, or tokens for this loop
     how: dict[str, Any] = field(default_factory=dict)
     other_update: str = ""  # how what it trains on differs from the rows one by one
-    resets_positions: bool = False  # of which all models but BLOOM, that has none, make a mask between the rows
+    resets_positions: bool = False  # of which every proxy but BLOOM, that has none, makes a mask between the rows
 
     def differs(self, proxy: str) -> str:
         """`other_update`, on this proxy."""
-        return "" if self.resets_positions and isinstance(PROXIES[proxy].config, LlamaConfig) else self.other_update
+        is_bloom = isinstance(PROXIES[proxy].config, BloomConfig)
+        return self.other_update if is_bloom or not self.resets_positions else ""
 
 
 _LEAK = "rows in one sequence see each other"
