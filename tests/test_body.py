@@ -119,5 +119,5 @@ def test_a_model_that_cannot_do_without_padding_is_found_and_left_as_it_was(why:
 def test_what_leaks_into_a_short_row_behind_a_long_one_is_found_at_the_tolerance_of_bf16() -> None:
     """LFM2's convolution goes on from one row into the next; a row without one before it is as it was."""
     model = made(Lfm2Config(**{**GROUPED, "max_position_embeddings": 1024}, layer_types=["conv", "full_attention"]))
-    assert 0.05 < check_padding_free(model, *batches([600, 2]), tolerance=5e-2) < 10
+    assert 0.5 < check_padding_free(model, *batches([600, 2]), tolerance=5e-2) < 10  # of the short row, not of both
     assert check_padding_free(model, *batches([600]), tolerance=5e-2) < 1e-5
