@@ -26,7 +26,8 @@ class Grid(NamedTuple):
         """(tokens, ...) -> (rows, width, ...), zero at padding."""
         padded = values
         if not self._is_full:
-            padded = values.new_zeros((self.rows * self.width, *values.shape[1:])).index_copy_(0, self.places, values)
+            padded = values.new_zeros((self.rows * self.width, *values.shape[1:]))
+            padded = padded.index_put_((self.places,), values)  # index_copy_ would keep `values` for backward
         return padded.view(self.rows, self.width, *values.shape[1:])
 
     def unpad(self, padded: Tensor) -> Tensor:

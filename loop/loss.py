@@ -84,6 +84,7 @@ class _FusedLoss(torch.autograd.Function):
             others.mul_(shrink).add_(weights.sum(1, keepdim=True))
             if with_gradient:
                 pulled.mul_(shrink).add_(weights.to(product.dtype) @ block)
+            del product, logits, weights  # else they would be alive beside the next block's
         total = others + (wanted - largest).exp()
         ctx.save_for_backward(pulled.sub_(others * weight[targets]).div_(total) if with_gradient else None)
         ctx.dtype = hidden.dtype

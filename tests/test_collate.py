@@ -9,7 +9,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loop.batch import Batch, Example
+from loop.batch import Batch, Example, Grid
 from loop.body import padded_inputs
 from loop.collate import collate
 
@@ -128,6 +128,17 @@ def test_padding_and_back_is_what_it_was_and_zero_elsewhere(rows: list[Example],
         assert int(padded.sum()) == int(values.sum())
         start += len(values)
     assert start == len(batch.input_ids)
+
+
+def test_padding_keeps_none_of_its_values_for_the_backward() -> None:
+    grid = Grid(rows=2, width=3, places=torch.tensor([0, 1, 2, 3]))  # three tokens, and one with two of padding
+    values, kept = torch.arange(8.0).view(4, 2).requires_grad_(), list[int]()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()) or tensor, lambda t: t):
+        padded = grid.pad(values)
+    assert values.data_ptr() not in kept
+    (padded * torch.arange(12.0).view(2, 3, 2)).sum().backward()
+    assert values.grad is not None
+    assert values.grad.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
 @pytest.fixture(scope="module")

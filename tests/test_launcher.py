@@ -27,8 +27,11 @@ def launch_words(config: str, argv: list[str]) -> list[str]:
 
 
 def user_environment() -> dict[str, str]:
-    """Without what the tests set: the launch config decides the number of threads."""
-    return {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    """Without what the tests set: the launch config decides the number of threads.
+
+    pytest's own variable comes and goes with each test, while other threads ask here."""
+    kept = [name for name in os.environ if name not in ("OMP_NUM_THREADS", "PYTEST_CURRENT_TEST")]
+    return {name: os.environ[name] for name in kept}
 
 
 def launch(

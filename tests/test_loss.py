@@ -1,3 +1,4 @@
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,29 @@ def test_no_tensor_of_tokens_times_vocabulary_is_ever_made(dtype: torch.dtype, w
     with LargestTensor() as seen:
         torch.nn.functional.cross_entropy(hidden @ weight.T, targets)
     assert seen.elements == 64 * 20_000
+
+
+class AtOnce(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts how many tensors of so many elements are alive at once, at most."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements, self.most, self._made = elements, 0, list[weakref.ref[Tensor]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.numel() == self.elements:
+            self._made.append(weakref.ref(out))
+        alive = [made for made in (reference() for reference in self._made) if made is not None]
+        self.most = max(self.most, len({made.data_ptr() for made in alive}))
+        return out
+
+
+def test_the_logits_of_one_block_only_are_alive_at_once() -> None:
+    hidden, weight = torch.randn(64, 8, requires_grad=True), torch.randn(3 * 4096, 8)
+    with AtOnce(64 * 4096) as seen:
+        fused_loss(hidden, weight, None, torch.randint(0, 3 * 4096, (64,)))
+    assert seen.most == 1
 
 
 def test_without_gradients_the_fused_loss_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
