@@ -27,7 +27,7 @@ class Grid(NamedTuple):
         padded = values
         if not self._is_full:
             padded = values.new_zeros((self.rows * self.width, *values.shape[1:]))
-            padded = padded.index_put_((self.places,), values)  # index_copy_ would keep `values` for backward
+            padded[self.places] = values  # index_copy_ would keep `values` for backward
         return padded.view(self.rows, self.width, *values.shape[1:])
 
     def unpad(self, padded: Tensor) -> Tensor:

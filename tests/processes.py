@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.preload"])
+SERVER.set_forkserver_preload(["tests.conftest", "loop.train", "tests.preload"])
 
 
 @dataclass

@@ -543,7 +543,8 @@ LAUNCHER = (  # the ways out of the program that differ: parse, launch, base, da
     "full disk",
 )
 """Each costs 15 seconds of one core, most of them for imports, so all rows would take a quarter of an hour."""
-LAUNCHER_OF_TWO = (  # one before the processes meet, and those that only the main process meets
+LAUNCHER_OF_TWO = (  # before the processes meet, and what only the main one meets; test_launcher.py has what each does
+    "typo in a flag",
     "no such file",
     "folder that another run writes to",
     "full disk",
