@@ -66,7 +66,8 @@ def measure_all(
 ) -> tuple[Results, dict[str, list[Result]]]:
     """All repeats of everything, and of this loop with one thread.
 
-    Every other repeat goes through the peers backwards, so that a machine that becomes slower favours none."""
+    Every other repeat goes through the peers backwards, so that over an even number of repeats a machine that
+    becomes slower favours none."""
     results: Results = {proxy: {peer: [] for peer in peers} for proxy in folders}
     alone: dict[str, list[Result]] = {proxy: [] for proxy in folders}
     for repeat in range(options.repeats):
@@ -94,10 +95,10 @@ def table(proxy: str, sizes: dict[str, int], results: dict[str, list[Result]], a
     for peer, m in medians.items():
         differs = PEERS[peer].differs(proxy)
         about = PEERS[peer].about + (f" ({differs})" if differs else "")
-        unit = "tokens" if peer == OURS else "rows"
         ratios = (m["speed"] / reference["speed"], m["memory"] / reference["memory"])
+        size = f"{sizes[peer]:,} {PEERS[peer].unit}"
         lines.append(
-            f"| {about} | {sizes[peer]:,} {unit} | {m['speed']:,.0f} | {ratios[0]:.2f} | {m['memory'] / 1e9:.2f} GB | "
+            f"| {about} | {size} | {m['speed']:,.0f} | {ratios[0]:.2f} | {m['memory'] / 1e9:.2f} GB | "
             f"{ratios[1]:.2f} | {m['first']:.1f} s | {m['padding']:.0%} | {m['share']:.0%} |"
         )
     if alone:
@@ -143,7 +144,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=int, default=CYCLE + 1, help="optimizer steps a measurement; the first is left out"
     )
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=4, help="an even number; see measure_all (default 4)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
     return parser.parse_args()

@@ -37,10 +37,10 @@ class Part:
 
 PARTS = {
     "vocabulary": Part(
-        "Vocabulary (hidden 256, 2 layers; 32 rows of 64 tokens a step)",
+        "Vocabulary (hidden 256, 2 layers; 32 rows of 64 tokens a step, here in one forward)",
         "tokens in the vocabulary",
         (4096, 16_384, 65_536, 250_880),
-        ("fused_loss: true", "fused_loss: false", "Trainer"),
+        ("fused_loss: true", "fused_loss: false", "Trainer, 4 rows a forward"),
         STEPS,
     ),
     "length": Part(

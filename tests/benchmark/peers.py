@@ -206,9 +206,10 @@ def this_loop(clock: Clock, proxy: str, folder: Path, steps: int, micro: int) ->
 class Peer:
     about: str
     measure: Callable[..., None]
-    micro: tuple[int, ...]  # sizes that are tried, the best is taken: rows, or tokens for this loop
+    micro: tuple[int, ...]  # sizes that are tried, in `unit`; the best is taken
     how: dict[str, Any] = field(default_factory=dict)
     other_update: str = ""  # how what it trains on differs from the rows one by one
+    unit: str = "rows"
     resets_positions: bool = False  # of which every proxy but BLOOM, that has none, makes a mask between the rows
 
     def differs(self, proxy: str) -> str:
@@ -223,19 +224,22 @@ PEERS = {
     "trainer": Peer("transformers Trainer, as it comes", trainer, ROWS),
     "trainer, default size": Peer("the same, at its default of 8 rows", trainer, (8,)),
     "trainer, grouped": Peer("Trainer, rows grouped by length", trainer, ROWS, {"sampling": "group_by_length"}),
-    "trl": Peer("TRL SFTTrainer, padded", trl, (1, 4), {"max_length": MAX_LENGTH}),
+    "trl": Peer("TRL SFTTrainer, padded", trl, ROWS, {"max_length": MAX_LENGTH}),
     "trl, padding-free": Peer(
-        "TRL SFTTrainer, padding-free", trl, (1, 4), {"padding_free": True, "max_length": None}, _LEAK, True
+        "TRL SFTTrainer, padding-free", trl, (2, 4, 8, 16), {"padding_free": True, "max_length": None}, _LEAK,
+        resets_positions=True,
     ),
     "trl, packed": Peer(
-        "TRL SFTTrainer, packed", trl, (1, 4), {"packing": True, "max_length": MAX_LENGTH, "a_step": 4}, _LEAK, True
+        "TRL SFTTrainer, packed", trl, (1, 2, 4), {"packing": True, "max_length": MAX_LENGTH, "a_step": 4}, _LEAK,
+        unit=f"sequences of {MAX_LENGTH} tokens", resets_positions=True,
     ),
     "plain": Peer("accelerate loop of the examples, padded", plain, ROWS),
     "plain, blocks": Peer(
-        "the same on blocks of 128 tokens", plain, (4, 12), {"block": 128, "a_step": 12}, f"{_LEAK}, and are cut"
+        "the same on blocks of 128 tokens", plain, (2, 4, 6, 12), {"block": 128, "a_step": 12},
+        f"{_LEAK}, and are cut", unit="blocks",
     ),
-    "this loop": Peer("this loop", this_loop, (640, 1024, 2048)),
-}
+    "this loop": Peer("this loop", this_loop, (512, 1024, 2048), unit="tokens"),
+}  # fmt: skip
 
 
 def main(argv: list[str]) -> None:

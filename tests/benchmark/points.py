@@ -86,7 +86,7 @@ def vocabulary_point(folder: Path, vocabulary: int, series: str) -> Result:
     """32 rows of 64 tokens a step; `series` is a knob of this loop with its value, or the Trainer."""
     model = model_folder(folder, "head", vocabulary)
     rows = write_rows(folder / "rows-64.jsonl", [text_of(64)] * 128)
-    if series == "Trainer":
+    if series.startswith("Trainer"):
         return _trainer_steps(model, [64] * 128, rows_a_step=32, micro=4)
     return _steps(model, rows, 32, fused_loss=series.endswith("true"))
 
