@@ -4,6 +4,7 @@ transformers 5.23 has one attention for BLOOM, on padded rows. Here linear modul
 is torch's SDPA on each group of rows, and GELU is torch's: transformers' is Python, one pass over memory a sign.
 Before step 0 `body.py::check_padding_free` compares it with the model's own forward, on rows of the run."""
 
+import math
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ def bloom_hidden(model: BloomModel, batch: Batch) -> Tensor:
     hidden = model.word_embeddings_layernorm(model.word_embeddings(batch.input_ids))
     device = hidden.device.type  # in the dtype of attention, else autocast would make every layer a copy of its own
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    bias = causal_alibi(max(grid.width for grid in batch.grids), model.num_heads, dtype, hidden.device)
+    width = 8 * math.ceil(max(grid.width for grid in batch.grids) / 8)  # else CUDA's kernel copies it for each layer
+    bias = causal_alibi(width, model.num_heads, dtype, hidden.device)
     for block in model.h:
         if model.training and block.gradient_checkpointing:
             hidden = checkpoint(bloom_block, block, hidden, bias, batch.grids, use_reentrant=False)

@@ -37,6 +37,11 @@ def check_padding_free(causal_lm: PreTrainedModel, padded: Batch, free: Batch, t
     Returns the relative difference of the hidden states of the row where it is largest, so that a long row does not
     hide what leaked into a short one; infinite where transformers gives the model no way in."""
     body, before = causal_lm.base_model, causal_lm.config._attn_implementation
+    # Some models keep a window in their mask alone, which is not made here: just above it, little would show.
+    text = causal_lm.config.get_text_config()
+    windows = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    if any(window is not None and window < max(grid.width for grid in free.grids) for window in windows):
+        return math.inf
     if not (is_plain(body) if isinstance(body, BloomModel) else causal_lm._supports_attention_backend):
         return math.inf
     with torch.no_grad():

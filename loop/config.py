@@ -80,7 +80,7 @@ class Config:
     micro_batch_tokens: Annotated[int, Field(ge=2)] | Literal["auto"] = knob(
         2048, "announced", "tokens in one forward of one process, padding included; auto: halved until it fits"
     )
-    padding_free: bool = knob(True, "resolved", "rows end to end instead of padded, where the model can do it exactly")
+    padding_free: bool = knob(True, "resolved", "rows end to end instead of padded, where hidden states stay the same")
     fused_loss: bool = knob(True, "announced", "each logit computed once, with its gradient; false: twice, in chunks")
     num_train_epochs: float = knob(3.0, "identity", "passes over the rows; fractions are allowed", gt=0)
     max_steps: int | None = knob(None, "identity", "optimizer steps; replaces num_train_epochs", ge=1)
@@ -281,9 +281,6 @@ def _read_recipe(name: str) -> dict[str, Any]:
 
 def _contradictions(config: Config) -> Iterator[str]:
     """What is wrong between knobs that are each in range."""
-    if config.micro_batch_tokens != "auto" and config.max_length > config.micro_batch_tokens:
-        sizes = f"{config.micro_batch_tokens} cannot hold one row of max_length {config.max_length}"
-        yield f"micro_batch_tokens: {sizes}; raise the first or lower the second"
     if config.max_steps is not None and config.warmup_steps > config.max_steps:
         yield f"warmup_steps: {config.warmup_steps:g} is longer than the run, max_steps {config.max_steps}"
     if (config.prompt_template is None) != (config.completion_template is None):

@@ -64,6 +64,11 @@ class Data:
     commit: str | None  # of the dataset, where it came from the Hub
     largest_token_id: int
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, held out or not."""
+        return max(int(part.lengths.max(initial=0)) for part in (self.train, self.heldout))
+
 
 def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
     """Load, tokenise (once: a second call reads the cache), drop rows without a target, split, fingerprint.

@@ -36,7 +36,8 @@ def rehearse(run: Run, checkpoint: Checkpoint | None) -> Run:
 def forward_and_backward(run: Run, micro_batch_tokens: int) -> None:
     """The largest micro-batches of the run, once, beside as much memory as the optimizer and the sum will need."""
     trained = sum(parameter.numel() for parameter in run.parameters.values())
-    room = torch.empty(4 * trained, device=run.accelerator.device)  # two moments, the flat gradient and its copy
+    copies = 2 if run.optimizer.state else 4  # the flat gradient and its copy; two moments, if a resume has none yet
+    room = torch.empty(copies * trained, device=run.accelerator.device)
     for batch in largest_batches(run.data.train, micro_batch_tokens, run.steps):
         run.accelerator.backward(run.loss(batch.to(run.accelerator.device)))
         gradients(run.parameters)
@@ -48,7 +49,7 @@ def largest_that_fits(run: Run, first: int | None) -> int:
     """Halve, from `first` or a whole step in one forward per process, until every process has the memory.
 
     Raises: EnvironmentFault where the longest row alone does not fit."""
-    longest = max(int(part.lengths.max(initial=2)) for part in (run.data.train, run.data.heldout))
+    longest = run.data.longest
     tokens = first or longest * math.ceil(run.steps.global_batch_size / run.accelerator.num_processes)
     while tokens:
         fits = torch.ones(1, device=run.accelerator.device)
@@ -70,17 +71,22 @@ def largest_that_fits(run: Run, first: int | None) -> int:
 
 
 def largest_batches(examples: Examples, micro_batch_tokens: int, steps: Steps) -> list[Batch]:
-    """Micro-batches that are as large as any that training may meet, in tokens, in targets, in width, and in attention.
+    """Micro-batches that are as large as any that training may meet, in tokens, in width, and in what attention keeps.
 
-    Without padding attention still pads rows to one of like length: its copies of queries, keys and values, and those
-    alone, may be up to half as large again in a step whose rows differ more than the rehearsed ones."""
+    Without padding it is one, of pieces of the longest row: attention pads rows to one that is up to half as long
+    again, and keeps the padded copies, so behind the whole row stand pieces of two thirds of it, or, where no more rows
+    come to a step, of as much as fills the budget with them."""
     repeats = 1 + math.ceil(steps.global_batch_size / len(examples)) if steps.positions > len(examples) else 1
     longest_first = np.repeat(np.argsort(-examples.lengths, kind="stable"), repeats)  # a step may straddle epochs
     widths = examples.lengths[longest_first].astype(np.int64)
-    if steps.padding_free:  # one has it all: the longest rows, the last of them cut so that it fills the budget
-        room = (micro_batch_tokens - (np.cumsum(widths) - widths))[: steps.global_batch_size]  # left before each row
-        rows = examples.read(longest_first[: np.count_nonzero(room > 0)])
-        return [collate([Example(row.input_ids[:left], 0) for row, left in zip(rows, room)], padding_free=True)]
+    if steps.padding_free:
+        longest, step = min(int(widths[0]), micro_batch_tokens), int(widths[: steps.global_batch_size].sum())
+        tokens = min(micro_batch_tokens, step, longest + step // steps.num_processes)  # `cut` evens the processes
+        share = math.ceil((tokens - longest) / max(1, steps.global_batch_size - 1))
+        others = max(math.ceil(2 * longest / 3), min(share, longest - 1))
+        lengths = [longest, *(min(others, tokens - start) for start in range(longest, tokens, others))]
+        (row,) = examples.read(longest_first[:1])
+        return [collate([Example(row.input_ids[:length], 0) for length in lengths], padding_free=True)]
     # What a layer keeps grows with the tokens, what eager attention keeps with the rows and the square of the width.
     fits = np.minimum(micro_batch_tokens // widths, steps.global_batch_size)
     fits = np.minimum(fits, np.arange(len(widths), 0, -1))

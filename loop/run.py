@@ -96,6 +96,9 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
     with accelerator.main_process_first():  # one process tokenises, the others read its cache
         data = load_data(config, tokenizer)
     config = replace(config, dataset_revision=data.commit or config.dataset_revision)
+    if config.micro_batch_tokens != "auto" and data.longest > config.micro_batch_tokens:
+        sizes = f"{config.micro_batch_tokens} cannot hold the longest row, {data.longest} tokens"
+        raise ConfigError(f"micro_batch_tokens: {sizes}; raise it, or lower max_length")
     model = add_adapter(load_base(config, accelerator.device), config)
     _check_rows_fit(data, model)
     loss, rows_laid_out = _prepare_loss(accelerator, config, model, data)
@@ -141,7 +144,8 @@ def _prepare_loss(accelerator: Accelerator, config: Config, model: PeftModel, da
     exact = accelerator.mixed_precision == "no" and next(loss.parameters()).dtype.itemsize >= 4
     shortest = data.train.read(np.array([data.train.lengths.argmin()]))
     row = collate(shortest, padding_free=False)  # own logits are of every token
-    check_head(loss.eval(), row.to(device), tolerance=1e-4 if exact else 1e-2)
+    with accelerator.autocast():
+        check_head(loss.eval(), row.to(device), tolerance=1e-4 if exact else 1e-2)
     loss.fused = config.fused_loss
     if loss.own_logits:
         return loss.train(), "padded rows, its own logits at their memory: head(hidden) is not them"
@@ -158,7 +162,7 @@ def _prepare_loss(accelerator: Accelerator, config: Config, model: PeftModel, da
     if loss.padding_free:
         return loss.train(), f"rows end to end, no padding; hidden states within {difference:.0e} of its own forward"
     if difference == math.inf:
-        return loss.train(), "padded rows: transformers has no other layout for this model and rows of this length"
+        return loss.train(), "padded rows: there is no other layout for this model and rows of this length"
     return loss.train(), f"padded rows: without padding its hidden states are {difference:.0e} off its own forward"
 
 
@@ -168,9 +172,8 @@ def _check_rows_fit(data: Data, model: PeftModel) -> None:
     if data.largest_token_id >= embeddings:
         raise DataError(f"token id {data.largest_token_id}: the model has {embeddings} embeddings; another tokenizer?")
     context = getattr(causal_lm_of(model).config, "max_position_embeddings", None)
-    longest = max(int(part.lengths.max(initial=0)) for part in (data.train, data.heldout))
-    if context is not None and longest > context:
-        raise ConfigError(f"max_length: a row has {longest} tokens, the model takes {context}; lower max_length")
+    if context is not None and data.longest > context:
+        raise ConfigError(f"max_length: a row has {data.longest} tokens, the model takes {context}; lower max_length")
 
 
 def run_manifest(run: Run) -> dict[str, Any]:

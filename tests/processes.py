@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from loop.run import Run
+
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.conftest", "loop.train", "tests.preload"])
 
@@ -50,7 +52,13 @@ class Launched:
         return self.log.read_text(errors="replace")
 
 
-def start(argv: list[str], log: Path, num_processes: int = 1, environment: dict[str, str] | None = None) -> Launched:
+def start(
+    argv: list[str],
+    log: Path,
+    num_processes: int = 1,
+    environment: dict[str, str] | None = None,
+    alter: Callable[[Run], Run] | None = None,
+) -> Launched:
     """Start a run on `num_processes` processes; gloo where there are several."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -62,10 +70,15 @@ def start(argv: list[str], log: Path, num_processes: int = 1, environment: dict[
         if num_processes > 1:
             places |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
             places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(num_processes)}
-        process = SERVER.Process(target=_run, args=(argv, places, str(log)))
+        process = SERVER.Process(target=_run, args=(argv, places, str(log), alter))
         process.start()
         processes.append(process)
     return Launched(processes, log)
+
+
+def start_altered(alter: Callable[[Run], Run], argv: list[str], log: Path, num_processes: int = 1) -> Launched:
+    """Like `start`, with one thing done to the run on every process, between preparing and training it."""
+    return start(argv, log, num_processes, alter=alter)
 
 
 def run(argv: list[str], log: Path, num_processes: int = 1, environment: dict[str, str] | None = None) -> Launched:
@@ -96,7 +109,7 @@ def wait_until(happens: Callable[[], bool], launched: Launched, timeout: float =
     raise AssertionError(f"nothing happened in {timeout} s\n{launched.text()}")
 
 
-def _run(argv: list[str], environment: dict[str, str], log: str) -> None:
+def _run(argv: list[str], environment: dict[str, str], log: str, alter: Callable[[Run], Run] | None = None) -> None:
     os.setsid()
     for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):  # as a terminal gives them, nohup or not
         signal.signal(number, signal.SIG_DFL)
@@ -108,6 +121,10 @@ def _run(argv: list[str], environment: dict[str, str], log: str) -> None:
     from loop.launch import run_command
     from loop.train import main
 
+    if alter:
+        module = sys.modules["loop.train"]
+        prepare = module.prepare_run
+        module.prepare_run = lambda *arguments: alter(prepare(*arguments))
     code = run_command(lambda: main(argv))
     sys.exit(code)
 

@@ -1,5 +1,6 @@
 """The two layouts of a batch give the same hidden states, or the model is found out."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import (
     MambaConfig,
     MistralConfig,
     PreTrainedModel,
+    Qwen2MoeConfig,
     Qwen3Config,
 )
 
@@ -114,6 +116,12 @@ def test_a_model_that_cannot_do_without_padding_is_found_and_left_as_it_was(why:
     assert model.config._attn_implementation == before != ROWS
     with torch.no_grad():
         assert hidden_states(model, padded, padding_free=False).equal(own)
+
+
+def test_a_window_that_a_model_keeps_in_its_mask_alone_is_found_where_a_row_is_one_token_wider() -> None:
+    model = made(Qwen2MoeConfig(**GROUPED, use_sliding_window=True, sliding_window=39, max_window_layers=0))
+    assert check_padding_free(model, *batches([40]), tolerance=5e-2) == math.inf
+    assert check_padding_free(model, *batches([39]), tolerance=5e-2) < 1e-5
 
 
 def test_what_leaks_into_a_short_row_behind_a_long_one_is_found_at_the_tolerance_of_bf16() -> None:

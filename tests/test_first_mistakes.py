@@ -198,9 +198,10 @@ MISTAKES = [
     ),
     Mistake(
         "rows longer than a forward",
-        "--max_length 512",
+        "--max_length 300 --dataset_name $here/rows.jsonl",
         2,
-        "micro_batch_tokens: 256 cannot hold one row of max_length 512; raise the first or lower the second",
+        "micro_batch_tokens: 256 cannot hold the longest row, 300 tokens; raise it, or lower max_length",
+        files={"rows.jsonl": json.dumps({"text": "word " * 400}) + "\n"},
     ),
     Mistake("warm-up without an end", "--warmup_steps 100", 2, "warmup_steps: 100 is longer than the run, max_steps 6"),
     Mistake(

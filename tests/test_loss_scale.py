@@ -1,10 +1,8 @@
 """fp16's loss scale: it goes the way of torch's GradScaler, repeats where that one skips, and changes no bit itself."""
 
 import dataclasses
-import importlib
 import math
 import re
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,8 @@ from loop.rehearsal import rehearse
 from loop.run import Run, prepare_run
 from loop.signals import Signals
 from loop.train import optimizer_step, train_run
-from tests import processes
 from tests.conftest import flags
-from tests.processes import SERVER, Launched, start, wait_until
+from tests.processes import start, start_altered, wait_until
 from tests.test_train import assert_same_run
 
 Configs = Callable[..., Config]
@@ -272,29 +269,6 @@ def test_a_checkpoint_with_a_scale_is_refused_by_name_where_none_is_used(config:
     trained(used, LossScale(True, 65536.0))
     with pytest.raises(CheckpointError, match=r"^optimizer\.safetensors: .*'loss_scale'"):
         trained(used)
-
-
-def _altered(alter: Callable[[Run], Run], argv: list[str], environment: dict[str, str], log: str) -> None:
-    """The real program in a process of its own, with one thing done to its run between preparing and training it."""
-    module = importlib.import_module("loop.train")
-    prepare: Callable[..., Run] = module.prepare_run
-    module.prepare_run = lambda *arguments: alter(prepare(*arguments))
-    processes._run(argv, environment, log)
-
-
-def start_altered(alter: Callable[[Run], Run], argv: list[str], log: Path, num_processes: int = 1) -> Launched:
-    """Like `processes.start`; `alter` is called on every process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    started = []
-    for rank in range(num_processes):
-        places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
-        places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": str(num_processes)}
-        environment = places if num_processes > 1 else {}
-        started.append(SERVER.Process(target=_altered, args=(alter, argv, environment, str(log))))
-        started[-1].start()
-    return Launched(started, log)
 
 
 def scaled_until_it_overflows(run: Run) -> Run:

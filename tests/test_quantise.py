@@ -25,8 +25,7 @@ from loop.run import Run, prepare_run
 from loop.signals import Signals
 from loop.train import evaluate, optimizer_step, train
 from tests.conftest import VOCABULARY, _save_model, bloom_config, flags
-from tests.processes import Launched, start, wait_until
-from tests.test_loss_scale import start_altered
+from tests.processes import Launched, start, start_altered, wait_until
 from tests.test_train import (
     assert_same_run,
     ledger,

@@ -114,7 +114,7 @@ SMALL: dict[str, Any] = {
 PADDED: dict[str, tuple[Callable[[], Any], str]] = {
     "a window narrower than a row": (
         lambda: MistralConfig(**SMALL, sliding_window=8),
-        r"transformers has no other layout for this model and rows of this length",
+        r"there is no other layout for this model and rows of this length",
     ),
     "a convolution over rows": (
         lambda: Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]),

@@ -33,7 +33,7 @@ OWNERS = {  # outside package -> the only files that may import it
     "httpx2": {"hub"},
     "tqdm": {"record"},
 }
-LIMITS = {"optimizer_step": 45, "train.py": 300, "any function": 60, "reached from train.py": 2290}
+LIMITS = {"optimizer_step": 45, "train.py": 300, "any function": 60, "reached from train.py": 2300}
 """220 lines of the last are what makes it fast (attention, bloom, body, the fused loss); a knob switches each off."""
 
 

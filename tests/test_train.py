@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,12 +14,14 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loop.config import Config
+from loop.run import Run
 from loop.train import train
 from tests.conftest import flags
-from tests.processes import run, start, wait_until
+from tests.processes import run, start, start_altered, wait_until
 
 Settings = Callable[..., dict[str, Any]]
 
@@ -151,12 +154,14 @@ def test_adapter_loads_with_peft_and_gives_the_reported_held_out_loss(settings: 
 def test_each_step_uses_the_rows_that_numpy_draws(settings: Settings, tmp_path: Path) -> None:
     import numpy as np
 
-    used = settings(max_steps=10, global_batch_size=12, seed=5)
+    used = settings(max_steps=7, global_batch_size=15, seed=5, eval_fraction=0.125)
     run(flags(used), tmp_path / "log", 2)
     drawn = [row for line in step_lines(used["output_dir"]) for row in line["rows"]]
-    epochs = [np.random.RandomState([5, epoch]).permutation(40).tolist() for epoch in range(3)]
+    heldout = np.random.RandomState([5, 2**32 - 1]).permutation(40)[:5]
+    training = np.array([row for row in range(40) if row not in heldout])
+    epochs = [training[np.random.RandomState([5, epoch]).permutation(35)].tolist() for epoch in range(3)]
     assert drawn == epochs[0] + epochs[1] + epochs[2]
-    assert [line["epoch"] for line in step_lines(used["output_dir"])] == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [line["epoch"] for line in step_lines(used["output_dir"])] == [0, 0, 0, 1, 1, 2, 2]
 
 
 def test_same_command_twice_gives_the_same_bytes(settings: Settings, tmp_path: Path) -> None:
@@ -339,6 +344,33 @@ def test_gradient_crosses_processes_once_a_step_with_the_loss_behind_it(
     assert [(tensor.numel(), tensor.dtype) for tensor in crossed] == [
         (4101, torch.float32)
     ] * 3  # the loss and four signals
+
+
+class Collectives(torch.utils._python_dispatch.TorchDispatchMode):
+    """Prints the name and the numbers of every operation between processes, whoever asks for it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            numbers = sum(leaf.numel() for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
+            print(f"\n{func.__name__} of {numbers}", flush=True)
+        return func(*args, **(kwargs or {}))
+
+
+def counted(run: Run) -> Run:
+    if run.accelerator.is_main_process:
+        Collectives().__enter__()
+        run.optimizer.register_step_post_hook(lambda *_: print("\nupdate", flush=True))
+    return run
+
+
+@pytest.mark.runs
+def test_two_processes_meet_once_before_each_update_whatever_call_it_is(settings: Settings, tmp_path: Path) -> None:
+    launched = start_altered(counted, flags(settings(max_steps=3, eval_fraction=0.1)), tmp_path / "log", 2)
+    assert launched.wait() == [0, 0], launched.text()
+    met = re.findall(r"(?m)^(?:\w+\.default of \d+|update)$", launched.text())
+    first = met.index("update")
+    assert met[first - 1 : first + 5] == ["allreduce_.default of 4101", "update"] * 3
+    assert met[first + 5] == "allreduce_.default of 1"  # the evaluation
 
 
 def test_moments_of_a_bf16_run_are_float32(settings: Settings, tmp_path: Path) -> None:
