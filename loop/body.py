@@ -24,6 +24,12 @@ def hidden_states(causal_lm: PreTrainedModel, batch: Batch, padding_free: bool) 
     return last[0]
 
 
+def own_logits(causal_lm: PreTrainedModel, batch: Batch) -> Tensor:
+    """The model's own, head and all, of padded rows. Shapes: (T, vocabulary)."""
+    (grid,) = batch.grids
+    return grid.unpad(causal_lm(**padded_inputs(batch)).logits)
+
+
 def padded_inputs(batch: Batch) -> dict[str, Tensor | bool]:
     """What a model of transformers is given: (rows, width) ids, and 1 for a token, 0 for padding, by length alone."""
     (grid,) = batch.grids
@@ -40,9 +46,8 @@ def check_padding_free(causal_lm: PreTrainedModel, padded: Batch, free: Batch, t
     # Some models keep a window in their mask alone, which is not made here: just above it, little would show.
     text = causal_lm.config.get_text_config()
     windows = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    if any(window is not None and window < max(grid.width for grid in free.grids) for window in windows):
-        return math.inf
-    if not (is_plain(body) if isinstance(body, BloomModel) else causal_lm._supports_attention_backend):
+    is_narrow = any(window is not None and window < max(grid.width for grid in free.grids) for window in windows)
+    if is_narrow or not (is_plain(body) if isinstance(body, BloomModel) else causal_lm._supports_attention_backend):
         return math.inf
     with torch.no_grad():
         own = hidden_states(causal_lm, padded, padding_free=False)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from loop.batch import Batch
-from loop.body import hidden_states, padded_inputs
+from loop.body import hidden_states, own_logits
 
 VOCABULARY_BLOCK = 4096
 """Tokens of the vocabulary whose logits are alive at once. 2,048 to 8,192 were alike on two CPUs' caches."""
@@ -37,9 +37,7 @@ class SummedLoss(nn.Module):
         """Shapes: scalar, float32 (float64 for a float64 model), with a gradient even if there is no target."""
         (causal_lm,) = self._causal_lm
         if self.own_logits:
-            (grid,) = batch.grids
-            logits = grid.unpad(causal_lm(**padded_inputs(batch)).logits)
-            return _nll(logits.index_select(0, batch.target_places), batch.targets)
+            return _nll(own_logits(causal_lm, batch).index_select(0, batch.target_places), batch.targets)
         hidden = hidden_states(causal_lm, batch, self.padding_free).index_select(0, batch.target_places)
         head = causal_lm.get_output_embeddings()
         if self.fused and type(head) is nn.Linear and not head.weight.requires_grad:
@@ -109,9 +107,9 @@ def check_head(loss: SummedLoss, padded: Batch, tolerance: float) -> float:
     """Compare head(hidden) with the model's own logits on a real batch; where they differ, use the model's own.
 
     Some models scale or cap their logits after the head (Granite, Cohere, Gemma 2). Returns the relative difference."""
-    (causal_lm,), (grid,) = loss._causal_lm, padded.grids
+    (causal_lm,) = loss._causal_lm
     with torch.no_grad():
-        own = grid.unpad(causal_lm(**padded_inputs(padded)).logits)
+        own = own_logits(causal_lm, padded)
         ours = causal_lm.get_output_embeddings()(hidden_states(causal_lm, padded, padding_free=False))
     difference = float((ours - own).norm() / own.norm())
     loss.own_logits = not difference < tolerance
