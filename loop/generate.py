@@ -4,6 +4,11 @@ Runs on the GPU if torch sees one, else on the CPU, without the autocast of trai
 quantisation of the run's config (where it names none, the device's default, which may change a word), LoRA in the
 dtype that it was trained in. What comes out is an impression; the measure of a run is its held-out loss."""
 
+if __name__ == "__main__":  # what is imported below takes seconds; `start` imports this file by its name
+    from loop.process.command import start
+
+    start("loop.generate")
+
 import argparse
 import io
 import json
@@ -15,22 +20,10 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from loop.config import CommandParser, underscored
+from loop.config.command_line import CommandParser, underscored
+from loop.data.tokenizer import encode, load_tokenizer
 from loop.errors import ConfigError
-from loop.launch import run_command
-from loop.model import load_tokenizer
-from loop.source import find_source, load_model
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """A prompt's tokens, as training makes them. Raises: ConfigError if there are none."""
-    if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise ConfigError(f"--prompt: found {prompt!r:.60}, expected UTF-8")
-    tokens: list[int] = tokenizer(prompt, verbose=False)["input_ids"] if prompt else []
-    tokens = tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens  # some tokenizers end every text
-    if not tokens:
-        raise ConfigError(f"--prompt: found {prompt!r:.60}, which has no tokens; expected some text")
-    return tokens
+from loop.finished.named_model import find_named_model, load_model
 
 
 def complete(
@@ -100,7 +93,7 @@ def main(argv: list[str]) -> None:
     options = parse_options(argv)
     if not sys.stderr.isatty():
         disable_progress_bar()
-    source = find_source(options.source, options.base)
+    source = find_named_model(options.source, options.base)
     tokenizer = load_tokenizer(source.config)
     if options.prompt is not None:
         encode(tokenizer, options.prompt)  # refused now, not after the base has been loaded
@@ -112,7 +105,3 @@ def main(argv: list[str]) -> None:
         torch.manual_seed(options.seed)  # anew, so that no answer depends on those before it
         answer = {"prompt": prompt, **complete(model, tokenizer, prompt, **numbers), **shared, **numbers}
         print(json.dumps(answer, ensure_ascii=False) if options.json else prompt + answer["completion"], flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(sys.argv[1:]), debug="--debug" in sys.argv))

@@ -1,8 +1,12 @@
 """A plain model from base and adapter: `python -m loop.merge RUN --output DIR`, for engines that take no adapter."""
 
+if __name__ == "__main__":  # what is imported below takes seconds; `start` imports this file by its name
+    from loop.process.command import start
+
+    start("loop.merge")
+
 import argparse
 import shutil
-import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +16,11 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from loop.config import CommandParser, underscored
+from loop.config.command_line import CommandParser, underscored
+from loop.data.tokenizer import load_tokenizer
 from loop.errors import ConfigError, EnvironmentFault
-from loop.launch import run_command
-from loop.model import causal_lm_of, load_tokenizer
-from loop.source import Source, find_source, load_adapter, load_for_inference, logits
+from loop.finished.named_model import NamedModel, find_named_model, load_adapter, load_for_inference, logits
+from loop.model.lora import causal_lm_of
 
 SHARD = "5GB"
 """Of the written model; what engines and the Hub's own tools expect."""
@@ -31,7 +35,7 @@ class Comparison(NamedTuple):
     places: int
 
 
-def merge(source: Source, output: Path) -> Comparison:
+def merge(source: NamedModel, output: Path) -> Comparison:
     """Write base and adapter as one model, read it again, and compare.
 
     The base is loaded unquantised, whatever it was trained in. Raises: ConfigError if `output` is there already;
@@ -82,7 +86,7 @@ def main(argv: list[str]) -> None:
     """`python -m loop.merge`."""
     options = parse_options(argv)
     disable_progress_bar()
-    source = find_source(options.run, base_only=False)
+    source = find_named_model(options.run, base_only=False)
     if source.adapter is None:
         raise ConfigError(f"{options.run}: found a model and no run; expected RUN or RUN/checkpoints/step-N")
     source = replace(source, config=replace(source.config, dtype=options.dtype or source.config.dtype))
@@ -92,7 +96,3 @@ def main(argv: list[str]) -> None:
     choice = f"the likeliest token is the same at {compared.same_choice} of {compared.places} places"
     print(f"logits     differ from those unmerged by at most {largest}; {choice}")
     print(f"written    {options.output}")
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(sys.argv[1:]), debug="--debug" in sys.argv))

@@ -1,7 +1,11 @@
 """main -> train -> optimizer_step: the only file with control flow over steps."""
 
+if __name__ == "__main__":  # what is imported below takes seconds; `start` imports this file by its name
+    from loop.process.command import start
+
+    start("loop.train")
+
 import math
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -9,22 +13,28 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from loop.checkpoint import Checkpoint, prune_checkpoints, write_checkpoint
-from loop.config import FIELDS, Config, config_yaml, parse_command_line
+from loop.config.command_line import config_yaml, parse_command_line
+from loop.config.knobs import FIELDS, Config
+from loop.data.steps import Step
 from loop.errors import NonFiniteError
-from loop.files import differences, lock_folder, replace_file
-from loop.heldout import heldout_loss
-from loop.launch import launched_processes, make_accelerator, run_command
-from loop.ledger import LedgerPosition
-from loop.model import adapter_config_json, frozen_layout, gradients, restore_adapter
-from loop.optim import learning_rate, optimizer_tensors, restore_optimizer
-from loop.record import Record, open_session
-from loop.rehearsal import rehearse
-from loop.result import Result, finish, keep_sample, stop
-from loop.resume import find_checkpoint
-from loop.run import Run, compare_processes, describe, prepare_run, run_manifest, unpinned
-from loop.signals import Signals
-from loop.steps import Step
+from loop.model.checksum import frozen_tensors
+from loop.model.lora import adapter_config_json, gradients, restore_adapter
+from loop.process.anonymous import anonymous
+from loop.process.command import launched_processes
+from loop.process.environment import source_commit
+from loop.process.launch import make_accelerator
+from loop.process.signals import Signals
+from loop.run.finish import Result, finish, keep_sample, stop
+from loop.run.heldout import heldout_loss
+from loop.run.prepare import Run, compare_processes, describe, prepare_run, run_facts, unpinned
+from loop.run.progress import Record
+from loop.run.rehearsal import rehearse
+from loop.state.checkpoint import Checkpoint, prune_checkpoints, write_checkpoint
+from loop.state.files import differences, lock_folder, replace_file
+from loop.state.ledger import LedgerPosition
+from loop.state.resume import find_checkpoint
+from loop.state.run_json import open_session
+from loop.update.optim import learning_rate, optimizer_tensors, restore_optimizer
 
 
 def optimizer_step(run: Run, step: Step, rate: float, signals: Signals) -> tuple[float, float, list[float]]:
@@ -82,7 +92,7 @@ def train(config: Config, sources: dict[str, str] | None = None) -> Result:
     Raises: any LoopError; whatever was saved before stays valid. Stopped, after saving, where a signal ended it."""
     accelerator = make_accelerator(config)
     lock = lock_folder(Path(config.output_dir)) if accelerator.is_main_process else nullcontext()
-    with Signals() as signals, lock as notice:
+    with Signals() as signals, anonymous(), lock as notice:
         return train_run(prepare_run(config, accelerator), signals, sources or {}, [notice] if notice else [])
 
 
@@ -139,7 +149,8 @@ def open_record(run: Run, checkpoint: Checkpoint | None, sources: dict[str, str]
     print("\n".join([*describe(run), *resumed]), flush=True)
     for change in changes:
         print(f"not bit-exact from step {first_step}: {change}", flush=True)
-    open_session(run.folder / "run.json", run_manifest(run), run.environment, first_step, changes)
+    place = {**run.environment, "source_commit": source_commit()}
+    open_session(run.folder / "run.json", run_facts(run), place, first_step, changes)
     found = {name: "found" for name in FIELDS if getattr(run.config, name) != getattr(run.asked, name)}
     replace_file(run.folder / "config.yaml", config_yaml(run.config, {**sources, **found}).encode())
     start = checkpoint.ledger if checkpoint else LedgerPosition(0, 0, run.identity_sha256)
@@ -154,7 +165,7 @@ def evaluate(run: Run, record: Record | None, updates: int) -> None:
         loss = heldout_loss(run.accelerator, run.loss, run.data.heldout, run.steps)
         if record is not None:
             record.evaluation(updates, loss, run.data.counts["heldout_target_tokens"])
-    changed = [name for name, found in frozen_layout(run.model).items() if found != run.layout[name]]
+    changed = [name for name, found in frozen_tensors(run.model).items() if found != run.layout[name]]
     if changed:
         raise NonFiniteError(f"{changed[0]}: its shape or dtype changed in a forward; gradients would be wrong or lost")
 
@@ -182,7 +193,3 @@ def main(argv: list[str]) -> None:
         print(config_yaml(command.config, command.sources), end="")
     else:
         train(command.config, command.sources)
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(sys.argv[1:]), debug="--debug" in sys.argv))

@@ -3,7 +3,7 @@
 import os
 import tempfile
 
-from tests.hub import HUB_URL
+from tests.loopback_hub import HUB_URL
 
 # Before torch and the Hub's libraries are imported: they read these once. A worker of pytest has a cache of its own,
 # and the runs that it forks share it.
@@ -33,7 +33,7 @@ import transformers
 from tokenizers import ByteLevelBPETokenizer
 from transformers import BloomConfig, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
-from loop.config import Config
+from loop.config.knobs import Config
 
 QUOTES = Path(__file__).parent.parent / "loop" / "demo" / "quotes.jsonl"
 DEMO_MODEL = Path(__file__).parent.parent / "loop" / "demo" / "model"
@@ -45,7 +45,7 @@ LONGEST = [
     "test_launcher",
     "test_train",
     "test_publish",
-    "test_data",
+    "test_examples",
 ]
 """Begun first, so that at the end no worker is alone with one of them."""
 
@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         module = item.path.stem
         if (
-            module in ("test_train", "test_launcher", "test_demo", "test_resume", "test_run")
+            module in ("test_train", "test_launcher", "test_demo", "test_resume", "test_prepare")
             or "million_rows" in item.name
         ):
             item.add_marker("runs")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from loop.run import Run
+from loop.run.prepare import Run
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.conftest", "loop.train", "tests.preload"])
@@ -118,7 +118,7 @@ def _run(argv: list[str], environment: dict[str, str], log: str, alter: Callable
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    from loop.launch import run_command
+    from loop.process.command import run_command
     from loop.train import main
 
     if alter:
@@ -141,7 +141,7 @@ def run_without_network(main: Callable[[list[str]], None] | None = None) -> None
             os._exit(99)
 
     sys.addaudithook(refuse)
-    from loop.launch import run_command
+    from loop.process.command import run_command
     from loop.train import main as train
 
     sys.exit(run_command(lambda: (main or train)(sys.argv[1:])))

@@ -21,11 +21,11 @@ from typing import Any
 import pytest
 import torch
 
-from loop.files import lock_folder
-from loop.launch import run_command
-from tests.hub import HUB_URL, Hub, serving
+from loop.process.command import run_command
+from loop.state.files import lock_folder
+from tests.loopback_hub import HUB_URL, Hub, serving
+from tests.process.test_launcher import launch_words, user_environment
 from tests.processes import run, start
-from tests.test_launcher import launch_words, user_environment
 
 pytestmark = pytest.mark.runs
 ROOT = Path(__file__).parent.parent

@@ -19,9 +19,9 @@ from peft import PeftModel
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from loop.finished.named_model import find_named_model, load_model
 from loop.generate import main
-from loop.launch import run_command
-from loop.source import find_source, load_model
+from loop.process.command import run_command
 from tests.conftest import bloom_config, flags
 from tests.processes import run
 
@@ -253,9 +253,9 @@ def test_run_without_adapter_and_checkpoint_has_only_its_base(generate: Generate
 
 def test_base_of_a_run_is_the_commit_that_was_trained_on(trained: Path) -> None:
     path = trained / "config.yaml"  # which names the commit, not the branch that was asked for
-    assert find_source(str(trained), False).config.model_revision is None
+    assert find_named_model(str(trained), False).config.model_revision is None
     path.write_text(path.read_text().replace("model_revision: null", f"model_revision: '{'0' * 40}'"))
-    assert find_source(str(trained), False).config.model_revision == "0" * 40
+    assert find_named_model(str(trained), False).config.model_revision == "0" * 40
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_base_is_in_the_dtype_and_quantisation_of_the_runs_config(
     path = trained / "config.yaml"
     assert default in path.read_text()
     path.write_text(path.read_text().replace(default, asked))
-    model = load_model(find_source(str(trained), False))
+    model = load_model(find_named_model(str(trained), False))
     assert model.get_input_embeddings().weight.dtype == dtype
     assert getattr(model, "is_loaded_in_4bit", False) == in_4bit
 

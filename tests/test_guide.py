@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import loop
-from loop import generate, migration
-from loop.config import FIELDS, Config, find_recipe, parse_command_line
-from loop.data import load_data
-from loop.model import load_tokenizer
-from loop.order import cut, draw
+from loop import generate, guide_table
+from loop.config.command_line import find_recipe, parse_command_line
+from loop.config.knobs import FIELDS
+from loop.data.examples import load_data
+from loop.data.order import cut, draw
+from loop.data.tokenizer import load_tokenizer
 from tests.conftest import DEMO_MODEL
 from tests.processes import run
 from tests.test_train import ledger
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 LOOP = ROOT / "loop"
 GUIDE = (LOOP / "GUIDE.md").read_text(encoding="utf-8")
 CODE = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
-PROSE, _, TABLE = re.sub(r"```.*?```", "", GUIDE, flags=re.DOTALL).partition("<!-- migration: ")
+PROSE, _, TABLE = re.sub(r"```.*?```", "", GUIDE, flags=re.DOTALL).partition("<!-- keys: ")
 WORDS = " ".join(PROSE.split())  # a sum may stand on two lines
 SUMS = re.findall(r"(\(?\d[\d,.()]*(?: [x+/-] [\d(][\d,.()]*)+) = ([\d,.]*\d)(?: ([kMG]B|%))?", WORDS)
 UNITS = {"": 1, "%": 1e-2, "kB": 1e3, "MB": 1e6, "GB": 1e9}
@@ -55,15 +55,14 @@ def test_every_name_is_where_the_guide_says(file: str, name: str) -> None:
 
 
 def test_the_guide_names_a_function_in_every_part_of_the_loop() -> None:
-    named = {file for file, _ in re.findall(r"`(\w+\.py)::(\w+)`", PROSE)}
-    assert {"data.py", "collate.py", "order.py", "loss.py", "model.py", "optim.py", "train.py", "heldout.py"} <= named
-    assert {"checkpoint.py", "resume.py", "ledger.py", "result.py"} <= named
+    named = {file for file, _ in re.findall(r"`([\w/]+\.py)::(\w+)`", PROSE)}
+    files = "data/examples data/collate data/order model/loss model/base update/optim train run/heldout run/finish"
+    files += " state/checkpoint state/resume state/ledger"
+    assert {f"{name}.py" for name in files.split()} <= named
 
 
 def test_every_file_link_recipe_and_command_exists() -> None:
-    assert "`from loop import Config, train`" in GUIDE
-    assert callable(loop.train)
-    assert loop.Config is Config
+    assert "`from loop.train import train`" in GUIDE
     for target in re.findall(r"\]\((?!https://)([^)#]+)", GUIDE):
         assert (LOOP / target).is_file(), target
     for file in re.findall(r"`([\w/]+\.py)`", GUIDE):
@@ -212,15 +211,17 @@ def test_the_command_of_the_guide_runs(
     assert capsys.readouterr().out.startswith("“A good tool")
 
 
-def test_the_migration_table_is_what_the_command_prints() -> None:
+def test_the_table_of_keys_is_what_the_command_prints() -> None:
     command, _, rest = TABLE.partition(" -->\n")
-    assert command == "python -m loop.migration"
-    shown = rest.partition("\n<!-- end of migration -->")[0]
-    assert shown == migration.table(), "put the output of python -m loop.migration between the two comments of GUIDE.md"
+    assert command == "python -m loop.guide_table"
+    shown = rest.partition("\n<!-- end of keys -->")[0]
+    assert shown == guide_table.table(), (
+        "put the output of python -m loop.guide_table between the two comments of GUIDE.md"
+    )
 
 
-def test_the_migration_table_has_every_answer_and_no_unknown_key() -> None:
+def test_the_table_of_keys_has_every_answer_and_no_unknown_key() -> None:
     keys = re.findall(r"`(\w+)`", TABLE.partition("-->")[2])
     assert len(keys) == len(set(keys))
-    assert {*FIELDS} & {*migration.TRL} <= {*keys}
+    assert {*FIELDS} & {*guide_table.TRL} <= {*keys}
     assert "unknown" not in TABLE

@@ -12,8 +12,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loop.launch import run_command
 from loop.merge import main
+from loop.process.command import run_command
 from tests.conftest import flags, published_settings
 from tests.processes import run
 

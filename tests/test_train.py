@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loop.config import Config
-from loop.run import Run
+from loop.config.knobs import Config
+from loop.run.prepare import Run
 from loop.train import train
 from tests.conftest import flags
 from tests.processes import run, start, start_altered, wait_until

@@ -11,12 +11,14 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loop.config import Config
-from loop.model import adapter_parameters, add_adapter, base_checksum, load_base
+from loop.config.knobs import Config
+from loop.model.base import load_base
+from loop.model.checksum import base_checksum
+from loop.model.lora import adapter_parameters, add_adapter
 from loop.train import train
 from tests.conftest import flags
 from tests.processes import Launched, start
-from tests.test_resume import outcome
+from tests.state.test_resume import outcome
 from tests.test_train import (
     assert_same_run,
     ledger,

@@ -1,0 +1,1 @@
+"""The embedded default: a small pretrained BLOOM and 563 aphorisms."""

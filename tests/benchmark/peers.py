@@ -24,7 +24,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from loop.memory import peak_memory
+from loop.process.memory import peak_memory
 from tests.benchmark.work import DEMO, LEARNING_RATE, LORA, MAX_LENGTH, PROXIES, ROWS_PER_STEP, SEED
 
 STARTED = psutil.Process().create_time()
@@ -178,13 +178,13 @@ def plain(
 
 def this_loop(clock: Clock, proxy: str, folder: Path, steps: int, micro: int) -> None:
     """`loop.train` without its files: the rehearsal and the steps, as `train_run` calls them. `micro` is in tokens."""
-    from loop.config import Config
-    from loop.launch import make_accelerator
-    from loop.optim import learning_rate
-    from loop.rehearsal import rehearse
-    from loop.run import prepare_run
-    from loop.signals import Signals
+    from loop.config.knobs import Config
+    from loop.process.launch import make_accelerator
+    from loop.process.signals import Signals
+    from loop.run.prepare import prepare_run
+    from loop.run.rehearsal import rehearse
     from loop.train import optimizer_step
+    from loop.update.optim import learning_rate
 
     with tempfile.TemporaryDirectory() as output:
         config = Config(

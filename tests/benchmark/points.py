@@ -25,16 +25,16 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from loop.batch import Example
-from loop.collate import collate
-from loop.config import Config
-from loop.launch import make_accelerator
-from loop.memory import peak_memory
-from loop.optim import learning_rate
-from loop.rehearsal import rehearse
-from loop.run import Run, prepare_run
-from loop.signals import Signals
+from loop.config.knobs import Config
+from loop.data.batch import Example
+from loop.data.collate import collate
+from loop.process.launch import make_accelerator
+from loop.process.memory import peak_memory
+from loop.process.signals import Signals
+from loop.run.prepare import Run, prepare_run
+from loop.run.rehearsal import rehearse
 from loop.train import open_record, optimizer_step, save
+from loop.update.optim import learning_rate
 from tests.benchmark.machine import forget_peak, in_a_fork, memory, own_memory
 from tests.benchmark.work import DEMO, LORA, SEED
 
@@ -186,7 +186,7 @@ def _steps(model: Path, rows: Path, rows_a_step: int, micro: int = 2048, **knobs
     config = _config(model, rows, rows.parent, rows_a_step, micro, **knobs)
     run = prepare_run(config, make_accelerator(config))
     if run.loss.padding_free != config.padding_free or run.loss.fused != config.fused_loss:
-        raise RuntimeError(f"not laid out as asked: {run.rows_laid_out}")
+        raise RuntimeError(f"not laid out as asked: {run.packing}")
     _first_of_all(run)
     before, _ = _account()
     run = rehearse(run, None)

@@ -1,0 +1,1 @@
+"""What is asked: every knob, and how a command line sets it."""

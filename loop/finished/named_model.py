@@ -1,0 +1,116 @@
+"""What a name on a command line stands for: a run, a checkpoint of it, or a plain model; verified, then loaded."""
+
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from loop.config.command_line import parse_command_line
+from loop.config.knobs import Config
+from loop.errors import CheckpointError, ConfigError
+from loop.model.base import load_base
+from loop.model.lora import causal_lm_of
+from loop.state.checkpoint import list_checkpoints, read_checkpoint
+from loop.state.files import sha256
+from loop.state.run_json import read_run_json
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A base, and the folder of the adapter on it; without one, the base alone."""
+
+    config: Config
+    adapter: Path | None = None
+    adapter_sha256: str | None = None
+
+
+def find_run(folder: Path) -> Path | None:
+    """The run that a folder is, or that its `adapter` or one of its checkpoints is."""
+    place = folder.resolve()
+    runs = [folder]
+    runs += [place.parent] if place.name == "adapter" else []
+    runs += [place.parents[1]] if place.parent.name == "checkpoints" else []
+    return next((run for run in runs if (run / "config.yaml").is_file()), None)
+
+
+def find_named_model(name: str, base_only: bool) -> NamedModel:
+    """What the command's first argument stands for. Raises: ConfigError; CheckpointError if no adapter verifies."""
+    folder = Path(name)
+    run = find_run(folder)
+    if run is not None:
+        config = parse_command_line(["--config", str(run / "config.yaml")]).config
+        return NamedModel(config) if base_only else NamedModel(config, *find_adapter(run, folder))
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(f"{name}: found an adapter without its run; expected RUN or RUN/checkpoints/step-N")
+    beside_runs = len(folder.parts) == 2 and any(folder.parent.glob("*/config.yaml"))
+    if not folder.exists() and (beside_runs or len(folder.parts) > 2 or name[:1] in ".~"):  # no Hub id, a slip
+        raise ConfigError(f"{name}: found no such folder; expected a run, a checkpoint in it, or a model")
+    return NamedModel(Config(model_name_or_path=name, dataset_name="none", output_dir="none"))
+
+
+def find_adapter(run: Path, asked: Path) -> tuple[Path, str]:
+    """Folder and sha256 of the checkpoint asked for, else of the finished adapter, else of the newest checkpoint.
+
+    Raises: CheckpointError unless it is what its manifest, or for the finished one `run.json`, states."""
+    result, checkpoints = read_run_json(run / "run.json").get("result"), list_checkpoints(run / "checkpoints")
+    if asked.resolve().parent == run.resolve() / "checkpoints":
+        folder = asked
+    elif result is not None:
+        path, stated = run / "adapter" / "adapter_model.safetensors", dict(result).get("adapter_sha256")
+        return path.parent, check_stated(path, path.read_bytes() if path.is_file() else None, stated)
+    elif checkpoints:
+        folder = checkpoints[-1]
+        print(f"{run}: not finished; this is its newest checkpoint, {folder.name}", file=sys.stderr, flush=True)
+    else:
+        raise CheckpointError(f"{run}: found no finished adapter and no checkpoint; train it on, or give --base")
+    return folder, sha256(read_checkpoint(folder).adapter_files()["adapter_model.safetensors"])
+
+
+def check_stated(path: Path, content: bytes | None, stated: str | None) -> str:
+    """The sha256 of the finished adapter's content. Raises: CheckpointError unless it is the one `run.json` states."""
+    found = "no file" if content is None else sha256(content)
+    if found != stated:
+        ways = f"run.json states sha256 {stated}; its training command restores it"
+        raise CheckpointError(f"{path}: found {found}, {ways}")
+    return found
+
+
+def load_model(source: NamedModel) -> PreTrainedModel:
+    """The base, with the adapter in it, for inference. Raises: CheckpointError if they do not fit together."""
+    base = load_for_inference(source.config)
+    return base if source.adapter is None else causal_lm_of(load_adapter(base, source.adapter))
+
+
+def load_for_inference(config: Config) -> PreTrainedModel:
+    """The base alone, on the GPU if torch sees one. Raises: ConfigError, HubError."""
+    model = load_base(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model.eval()
+    return model
+
+
+def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
+    """An adapter put into its base, for inference. Raises: CheckpointError if they do not fit together."""
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5.23 by a name that it has deprecated, and only warns of a missing tensor.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        warnings.filterwarnings("error", message="Found missing adapter keys", category=UserWarning)
+        try:
+            return PeftModel.from_pretrained(base, adapter).eval()
+        except (ValueError, RuntimeError, UserWarning) as error:
+            found = f"does not fit {base.name_or_path}: {str(error).splitlines()[0]}"
+            raise CheckpointError(f"{adapter}: {found}; expected the base that it was trained on") from error
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    """What a model makes of 32 tokens spread over its vocabulary, on the CPU in float32: (32, vocabulary)."""
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    tokens = torch.arange(32, device=model.device) * embeddings.num_embeddings // 32
+    with torch.no_grad():
+        found: Tensor = model(input_ids=tokens[None], use_cache=False).logits[0]
+    return found.float().cpu()

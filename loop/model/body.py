@@ -1,0 +1,71 @@
+"""The model below its head: a batch in, the hidden state of each of its tokens out, in one of two layouts."""
+
+import math
+
+import torch
+from torch import Tensor
+from transformers import BloomModel, PreTrainedModel
+
+from loop.data.batch import Batch
+from loop.model.attention import ROWS
+from loop.model.bloom import bloom_hidden, is_plain
+
+
+def hidden_states(causal_lm: PreTrainedModel, batch: Batch, padding_free: bool) -> Tensor:
+    """Padded, the model's own forward; padding-free, the same with rows end to end. Shapes: (T, hidden size)."""
+    body = causal_lm.base_model
+    if not padding_free:
+        (grid,) = batch.grids
+        return grid.unpad(body(**padded_inputs(batch)).last_hidden_state)
+    if isinstance(body, BloomModel):
+        return bloom_hidden(body, batch)
+    ids, positions = batch.input_ids[None], batch.position_ids[None]
+    last: Tensor = body(input_ids=ids, position_ids=positions, grids=batch.grids, use_cache=False).last_hidden_state
+    return last[0]
+
+
+def own_logits(causal_lm: PreTrainedModel, batch: Batch) -> Tensor:
+    """The model's own, head and all, of padded rows. Shapes: (T, vocabulary)."""
+    (grid,) = batch.grids
+    return grid.unpad(causal_lm(**padded_inputs(batch)).logits)
+
+
+def padded_inputs(batch: Batch) -> dict[str, Tensor | bool]:
+    """What a model of transformers is given: (rows, width) ids, and 1 for a token, 0 for padding, by length alone."""
+    (grid,) = batch.grids
+    mask = grid.pad(torch.ones_like(batch.input_ids))
+    return {"input_ids": grid.pad(batch.input_ids), "attention_mask": mask, "use_cache": False}
+
+
+def check_padding_free(causal_lm: PreTrainedModel, padded: Batch, free: Batch, tolerance: float) -> float:
+    """Compare the two layouts on the same real rows, without gradients; ready the model for the second if they agree.
+
+    Returns the relative difference of the hidden states of the row where it is largest, so that a long row does not
+    hide what leaked into a short one; infinite where transformers gives the model no way in."""
+    body, before = causal_lm.base_model, causal_lm.config._attn_implementation
+    # Some models keep a window in their mask alone, which is not made here: just above it, little would show.
+    text = causal_lm.config.get_text_config()
+    windows = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    is_narrow = any(window is not None and window < max(grid.width for grid in free.grids) for window in windows)
+    if is_narrow or not (is_plain(body) if isinstance(body, BloomModel) else causal_lm._supports_attention_backend):
+        return math.inf
+    with torch.no_grad():
+        own = hidden_states(causal_lm, padded, padding_free=False)
+        if not isinstance(body, BloomModel):
+            causal_lm.set_attn_implementation(ROWS)
+        try:
+            ours = hidden_states(causal_lm, free, padding_free=True)
+            difference = _of_the_worst_row(ours - own, own, free)
+        except ValueError:  # transformers' refusal of an option that its SDPA does not have
+            difference = math.inf
+    if not difference < tolerance:
+        causal_lm.set_attn_implementation(before)
+    return difference
+
+
+def _of_the_worst_row(difference: Tensor, values: Tensor, batch: Batch) -> float:
+    """The largest ratio of the norms of a row. Shapes: (T, hidden size) both."""
+    row = (batch.position_ids == 0).cumsum(0)
+    lengths = row.unique_consecutive(return_counts=True)[1].tolist()
+    above, below = (torch.stack([part.norm() for part in tensor.split(lengths)]) for tensor in (difference, values))
+    return float((above / below).max())

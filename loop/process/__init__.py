@@ -1,0 +1,1 @@
+"""Processes, signals, memory and the environment they run in."""

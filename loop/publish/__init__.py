@@ -1,0 +1,1 @@
+"""An adapter to the Hub: `python -m loop.publish`."""

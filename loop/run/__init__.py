@@ -1,0 +1,1 @@
+"""Before step 0, beside the steps, and the end."""

@@ -1,0 +1,244 @@
+"""A run, ready for its first step: model, data, optimizer, and the identity that names it."""
+
+import math
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from loop.config.knobs import Config
+from loop.data.collate import collate
+from loop.data.examples import Data, load_data
+from loop.data.order import ORDER_VERSION, num_positions, num_steps
+from loop.data.steps import Steps
+from loop.data.tokenizer import load_tokenizer, tokenizer_sha256
+from loop.errors import ConfigError, DataError, LoopError
+from loop.model.base import base_commit, base_config, base_dtype, load_base
+from loop.model.body import check_padding_free
+from loop.model.checksum import base_checksum, frozen_tensors
+from loop.model.lora import adapter_parameters, add_adapter, causal_lm_of, census
+from loop.model.loss import SummedLoss, check_head
+from loop.process.environment import environment
+from loop.state.checkpoint import serialize
+from loop.state.files import canonical_json, prepare_folder, sha256
+from loop.update.loss_scale import START, LossScale
+from loop.update.optim import adamw, warmup
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that a step needs. Equal on every process but for the process's share of `steps`."""
+
+    config: Config
+    asked: Config  # as given; `config` has the commits and, after the rehearsal, the number that `auto` stands for
+    accelerator: Accelerator
+    tokenizer: PreTrainedTokenizerBase
+    data: Data
+    model: PeftModel
+    loss: SummedLoss
+    loss_scale: LossScale
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    steps: Steps
+    identity: dict[str, Any]
+    """What may not change in a resume; its sha256 is the ledger's first `prev`."""
+    layout: dict[str, tuple[torch.Size, torch.dtype]]  # of the frozen tensors
+    packing: str  # how, in words
+    environment: dict[str, Any]
+    """What may, and then is not bit-exact: versions, processes, threads, device, the cut. As they were at the start."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def num_steps(self) -> int:
+        return num_steps(self.steps.positions, self.steps.global_batch_size)
+
+    @property
+    def identity_sha256(self) -> str:
+        return sha256(canonical_json(self.identity))
+
+
+def prepare_run(config: Config, accelerator: Accelerator) -> Run:
+    """Load everything and compare the processes. The run directory is only probed, and swept of leftovers.
+
+    Raises: any LoopError."""
+    if accelerator.is_main_process:
+        prepare_folder(Path(config.output_dir))
+        prepare_folder(Path(config.output_dir) / "checkpoints")
+    if not sys.stderr.isatty() or not accelerator.is_main_process:
+        disable_progress_bar()
+    asked, precision = config, accelerator.mixed_precision
+    config = replace(config, dtype=config.dtype or base_dtype(accelerator.device, precision))
+    if precision != "fp16" and config.dtype == "float16":
+        raise ConfigError("dtype: float16 needs mixed_precision: fp16, as in launch_configs/one_gpu_fp16.yaml")
+    # From here on the commits, not the branches, so that all files are of one state and config.yaml names it.
+    config = replace(config, model_revision=base_commit(config) or config.model_revision)
+    tokenizer = load_tokenizer(config)
+    with accelerator.main_process_first():  # one process tokenises, the others read its cache
+        data = load_data(config, tokenizer)
+    config = replace(config, dataset_revision=data.commit or config.dataset_revision)
+    if config.micro_batch_tokens != "auto" and data.longest > config.micro_batch_tokens:
+        sizes = f"{config.micro_batch_tokens} cannot hold the longest row, {data.longest} tokens"
+        raise ConfigError(f"micro_batch_tokens: {sizes}; raise it, or lower max_length")
+    model = add_adapter(load_base(config, accelerator.device), config)
+    _check_rows_fit(data, model)
+    loss, packing = _prepare_loss(accelerator, config, model, data)
+    parameters = adapter_parameters(model)
+    identity = _identity(config, accelerator, data, model)
+    identity |= {"own_logits": loss.own_logits, "padding_free": loss.padding_free}
+    env = {**environment(accelerator), **config.knobs("announced")}
+    knobs = {**config.knobs("announced", "free"), "output_dir": None}
+    facts = {"identity": identity, "knobs": knobs, "device": env["device"]}
+    facts["versions"] = [env["versions"], env["source_sha256"]]
+    compare_processes(accelerator, {**facts, "adapter at the start": sha256(serialize(dict(parameters)))})
+    positions = num_positions(len(data.train), config.num_train_epochs, config.max_steps, config.global_batch_size)
+    steps = Steps(
+        examples=data.train,
+        positions=positions,
+        global_batch_size=config.global_batch_size,
+        micro_batch_tokens=0 if config.micro_batch_tokens == "auto" else config.micro_batch_tokens,
+        seed=config.seed,
+        padding_free=loss.padding_free,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    optimizer = adamw(parameters.values(), config)
+    scale = LossScale(True, START) if precision == "fp16" else LossScale(False)
+    layout = frozen_tensors(model)
+    run = Run(
+        config, asked, accelerator, tokenizer, data, model, loss, scale, parameters, optimizer, steps,
+        identity, layout, packing, env,
+    )  # fmt: skip
+    if warmup(config, run.num_steps) > run.num_steps:
+        raise ConfigError(f"warmup_steps: {config.warmup_steps:g} is longer than the run of {run.num_steps} steps")
+    return run
+
+
+def _prepare_loss(accelerator: Accelerator, config: Config, model: PeftModel, data: Data) -> tuple[SummedLoss, str]:
+    """The one prepared module, and in words how rows are laid out for it.
+
+    Real rows, before any training, show whether head(hidden) is this model's logits, and whether rows end to end
+    leave its hidden states as they are."""
+    causal_lm, device = causal_lm_of(model), accelerator.device
+    # evaluation_mode: device and autocast, no DDP, whose buckets would make a resume on 3 processes inexact.
+    loss: SummedLoss = accelerator.prepare_model(SummedLoss(model, causal_lm), evaluation_mode=True)
+    exact = accelerator.mixed_precision == "no" and next(loss.parameters()).dtype.itemsize >= 4
+    shortest = data.train.read(np.array([data.train.lengths.argmin()]))
+    row = collate(shortest, padding_free=False)  # own logits are of every token
+    with accelerator.autocast():
+        check_head(loss.eval(), row.to(device), tolerance=1e-4 if exact else 1e-2)
+    loss.fused = config.fused_loss
+    if loss.own_logits:
+        return loss.train(), "padded rows, its own logits at their memory: head(hidden) is not them"
+    if not config.padding_free:
+        return loss.train(), "padded rows, as asked"
+    # The longest too: a window of attention shows only where a row exceeds it.
+    widest = max((data.train, data.heldout), key=lambda part: part.lengths.max(initial=0))
+    ends = widest.read(np.array([widest.lengths.argmax()])) + shortest
+    padded, free = (collate(ends, padding_free).to(device) for padding_free in (False, True))
+    tolerance = 1e-4 if exact else 5e-2
+    with accelerator.autocast():
+        difference = check_padding_free(causal_lm, padded, free, tolerance)
+    loss.padding_free = difference < tolerance
+    if loss.padding_free:
+        return loss.train(), f"rows end to end, no padding; hidden states within {difference:.0e} of its own forward"
+    if difference == math.inf:
+        return loss.train(), "padded rows: there is no other layout for this model and rows of this length"
+    return loss.train(), f"padded rows: without padding its hidden states are {difference:.0e} off its own forward"
+
+
+def _check_rows_fit(data: Data, model: PeftModel) -> None:
+    """Raises: DataError for a token that the model has no embedding for, ConfigError for a row that is too long."""
+    embeddings = model.get_input_embeddings().num_embeddings
+    if data.largest_token_id >= embeddings:
+        raise DataError(f"token id {data.largest_token_id}: the model has {embeddings} embeddings; another tokenizer?")
+    context = getattr(causal_lm_of(model).config, "max_position_embeddings", None)
+    if context is not None and data.longest > context:
+        raise ConfigError(f"max_length: a row has {data.longest} tokens, the model takes {context}; lower max_length")
+
+
+def run_facts(run: Run) -> dict[str, Any]:
+    """The part of `run.json` that is a function of the run, not of a session."""
+    commit = None if Path(run.config.model_name_or_path).exists() else run.config.model_revision
+    base = {"name": _public_name(run.config.model_name_or_path), "commit": commit}
+    dataset = {"name": _public_name(run.config.dataset_name), "commit": run.data.commit}
+    return {
+        "identity": run.identity,
+        "identity_sha256": run.identity_sha256,
+        "base": {**base, "tokenizer_sha256": tokenizer_sha256(run.tokenizer)},
+        "data": {**dataset, "counts": run.data.counts, "templates": run.data.templates},
+        "census": census(run.model),
+        "num_steps": run.num_steps,
+    }
+
+
+def unpinned(asked: Config, used: Config) -> list[str]:
+    """A notice for a base or dataset of the Hub that was asked for by a name which may mean another commit tomorrow."""
+    revisions = [(knob, getattr(asked, knob), getattr(used, knob)) for knob in ("model_revision", "dataset_revision")]
+    return [
+        f"not pinned: {knob} {name or 'main'} is commit {commit} today; write {knob}: {commit} to repeat this run"
+        for knob, name, commit in revisions
+        if name != commit
+    ]
+
+
+def describe(run: Run) -> list[str]:
+    """The run in four lines, for a person."""
+    config, counts, trained, accelerator = run.config, run.data.counts, census(run.model), run.accelerator
+    dropped = counts["dropped_without_target"] + counts["dropped_too_long"]
+    numbers = f"{trained['trained_parameters']:,} of {trained['all_parameters']:,} parameters"
+    share = trained["trained_parameters"] / trained["all_parameters"]
+    epochs = run.steps.positions / len(run.data.train)
+    fate = f"{dropped:,} dropped, {counts['truncated']:,} truncated, {counts['duplicate_train_rows']:,} duplicates"
+    rows = f"{len(run.data.train):,} rows with {counts['train_target_tokens']:,} target tokens to train on"
+    if counts["heldout_rows_also_in_train"]:
+        fate += f", {counts['heldout_rows_also_in_train']:,} held-out rows also in train"
+    return [
+        f"data   {_public_name(config.dataset_name)} as {' -> '.join(run.data.templates)!r}: {rows}, "
+        f"{len(run.data.heldout):,} held out, {fate}",
+        f"model  {_public_name(config.model_name_or_path)}: frozen in {', '.join(trained['base_dtypes'])}, "
+        f"checksum {run.identity['base_checksum'][:12]}; {run.packing}",
+        f"LoRA   r={config.lora_r} on {', '.join(trained['target_modules'])}: trains {numbers} ({share:.3%})",
+        f"steps  {run.num_steps:,} of {config.global_batch_size} rows, {epochs:.2f} epochs; {accelerator.device.type}, "
+        f"{accelerator.num_processes} x {torch.get_num_threads()} threads, precision {accelerator.mixed_precision}",
+    ]
+
+
+def _identity(config: Config, accelerator: Accelerator, data: Data, model: PeftModel) -> dict[str, Any]:
+    """Names of files and models are left out: what they hold is in, so a moved folder is still the same run."""
+    trained = census(model)
+    return {
+        **config.knobs("identity"),
+        "base_checksum": base_checksum(model),
+        "base_config_sha256": sha256(canonical_json(base_config(config))),
+        "base_dtypes": trained["base_dtypes"],
+        "data_fingerprint": data.fingerprint,
+        "lora_target_modules": trained["target_modules"],
+        "mixed_precision": accelerator.mixed_precision,
+        "order_version": ORDER_VERSION,
+    }
+
+
+def compare_processes(accelerator: Accelerator, facts: dict[str, Any]) -> None:
+    """One gather: do all processes agree on these? Raises: LoopError, on every process alike."""
+    digests = [list(bytes.fromhex(sha256(canonical_json(fact)))) for fact in facts.values()]
+    gathered = accelerator.gather(torch.tensor([digests], device=accelerator.device))  # (processes, facts, 32 bytes)
+    for process, found in enumerate(gathered):
+        for name, mine, first in zip(facts, found, gathered[0]):
+            if not torch.equal(mine, first):
+                raise LoopError(f"process {process} differs from process 0 in its {name}; all must have the same")
+
+
+def _public_name(name: str) -> str:
+    """A folder or file by its last part only: the folders of one machine are nobody's provenance."""
+    return Path(name).name if Path(name).exists() else name

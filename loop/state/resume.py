@@ -1,0 +1,53 @@
+"""From which checkpoint a run goes on, and who wins where the config has changed since."""
+
+from pathlib import Path
+from typing import Any
+
+from loop.errors import CheckpointError
+from loop.state.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
+from loop.state.files import canonical_json, differences, sha256
+from loop.state.ledger import read_ledger
+
+
+class ForeignCheckpoint(CheckpointError):
+    """A whole checkpoint of a run with another identity: refused, never passed over."""
+
+
+def find_checkpoint(folder: Path, asked: str, identity: dict[str, Any]) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to go on from (None: start at step 0), and why newer ones were passed over.
+
+    `auto` takes the newest that verifies with its ledger; a path or name takes exactly that one.
+    Raises: CheckpointError; nothing has been changed."""
+    found = list_checkpoints(folder / "checkpoints")
+    if asked not in ("auto", "none"):
+        chosen = [path for path in found if asked == path.name or Path(asked).resolve() == path.resolve()]
+        if not chosen:
+            there = f"{', '.join(path.name for path in found) or 'none'}; write auto, none or a checkpoint"
+            raise CheckpointError(f"resume_from_checkpoint: {asked} is not in {folder}, which holds {there}")
+        newer = ", ".join(path.name for path in found[found.index(chosen[0]) + 1 :])
+        notice = f"going back to {chosen[0].name}: {newer} no longer count, the ledger is cut back"
+        return _read(chosen[0], folder, identity), [notice] if newer else []
+    if (asked == "none" and found) or (not found and (folder / "adapter").exists()):
+        raise CheckpointError(f"{folder}: holds a run already; give another output_dir, or remove it yourself")
+    passed_over: list[str] = []
+    for path in reversed(found):
+        try:
+            return _read(path, folder, identity), passed_over
+        except ForeignCheckpoint:
+            raise
+        except CheckpointError as error:
+            passed_over.append(f"passed over {path.name}: {error}")
+    if found:
+        passed_over += [f"{folder}: no checkpoint is whole; restore one, or give another output_dir"]
+        raise CheckpointError("\n".join(passed_over))
+    return None, []
+
+
+def _read(path: Path, folder: Path, identity: dict[str, Any]) -> Checkpoint:
+    checkpoint = read_checkpoint(path)
+    changed = differences(checkpoint.identity, identity)
+    if changed:
+        ways_out = "to go on, give the values it was started with; for another run, another output_dir"
+        raise ForeignCheckpoint("\n".join([*changed, f"{path} is of another run: {ways_out}"]))
+    read_ledger(folder / "ledger.jsonl", sha256(canonical_json(identity)), checkpoint.ledger)
+    return checkpoint
