@@ -2,7 +2,7 @@
 
 
 class LoopError(Exception):
-    """Says what was found, what was expected and what to do."""
+    """Its text says what is there, what was expected, and what to do."""
 
     exit_code = 1
 
@@ -28,7 +28,11 @@ class HubError(LoopError):
 
 
 class NonFiniteError(LoopError):
-    exit_code = 7  # a loss, gradient or weight is NaN, infinite or missing: this step did not touch the adapter
+    exit_code = 7  # a loss, gradient or weight is NaN or infinite: this step did not touch the adapter
+
+
+class TrainingStateError(LoopError):
+    exit_code = 7  # a trained tensor without a gradient, a frozen one that changed: going on would be silently wrong
 
 
 class Stopped(KeyboardInterrupt):

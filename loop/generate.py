@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils.logging import disable_progress_bar
 
 from loop.config.command_line import CommandParser, underscored
-from loop.data.tokenizer import encode, load_tokenizer
+from loop.data.tokenizer import load_tokenizer, prompt_tokens
 from loop.errors import ConfigError
 from loop.finished.named_model import find_named_model, load_model
 
@@ -32,11 +32,11 @@ def complete(
     """One continuation: its text, its number of tokens (with the end-of-text), and what stopped it.
 
     Raises: ConfigError where the model does not have that many positions."""
-    given, eos, pad = encode(tokenizer, prompt), tokenizer.eos_token_id, tokenizer.pad_token_id
+    given, eos, pad = prompt_tokens(tokenizer, prompt), tokenizer.eos_token_id, tokenizer.pad_token_id
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and len(given) + max_new_tokens > context:
-        found = f"found {len(given)} tokens and --max_new_tokens {max_new_tokens}"
-        raise ConfigError(f"--prompt: {found}, the model takes {context} together; shorten one of them")
+        lengths = f"found {len(given)} tokens and --max_new_tokens {max_new_tokens}"
+        raise ConfigError(f"--prompt: {lengths}, the model takes {context} together; shorten one of them")
     drawn = {"temperature": temperature, "top_k": 0} if temperature > 0 else {}  # the library would draw from 50
     ends = {"max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": eos if pad is None else pad}
     generation = GenerationConfig(do_sample=temperature > 0, **drawn, **ends)
@@ -45,8 +45,8 @@ def complete(
         input_ids=inputs, attention_mask=torch.ones_like(inputs), generation_config=generation
     )[0].tolist()
     # Cut as text: decoded alone, a continuation loses its first space in some tokenizers.
-    plainly = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    whole, before = (str(tokenizer.decode(part, **plainly)) for part in (tokens, given))
+    as_text = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    whole, before = (str(tokenizer.decode(part, **as_text)) for part in (tokens, given))
     stopped = "end_of_text" if tokens[-1] == eos else "length"
     return {"completion": whole[len(before) :], "completion_tokens": len(tokens) - len(given), "stopped": stopped}
 
@@ -68,7 +68,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     about = "Continue --prompt, or each line of stdin up to its end or an empty line."
     plain = "Nothing is done against repetition: what repeats itself is the model."
     parser = CommandParser(prog="loop.generate", description=about, epilog=plain, allow_abbrev=False)
-    parser.add_argument("source", metavar="RUN|MODEL", help="a run, RUN/checkpoints/step-N, a model's folder or Hub id")
+    parser.add_argument("named", metavar="RUN|MODEL", help="a run, RUN/checkpoints/step-N, a model's folder or Hub id")
     parser.add_argument("--prompt", metavar="TEXT", help="the text to continue (default: lines of stdin)")
     parser.add_argument("--max_new_tokens", type=int, default=40, metavar="N", help="(default 40)")
     greedy = "0 takes the likeliest token, above 0 draws from all of them (default 0)"
@@ -93,13 +93,13 @@ def main(argv: list[str]) -> None:
     options = parse_options(argv)
     if not sys.stderr.isatty():
         disable_progress_bar()
-    source = find_named_model(options.source, options.base)
-    tokenizer = load_tokenizer(source.config)
+    named = find_named_model(options.named, options.base)
+    tokenizer = load_tokenizer(named.config)
     if options.prompt is not None:
-        encode(tokenizer, options.prompt)  # refused now, not after the base has been loaded
-    model = load_model(source)
-    shared = {"model": source.config.model_name_or_path, "adapter": source.adapter and str(source.adapter)}
-    shared |= {"adapter_sha256": source.adapter_sha256, "seed": options.seed}
+        prompt_tokens(tokenizer, options.prompt)  # refused now, not after the base has been loaded
+    model = load_model(named)
+    shared = {"model": named.config.model_name_or_path, "adapter": named.adapter and str(named.adapter)}
+    shared |= {"adapter_sha256": named.adapter_sha256, "seed": options.seed}
     numbers = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
     for prompt in read_prompts() if options.prompt is None else [options.prompt]:
         torch.manual_seed(options.seed)  # anew, so that no answer depends on those before it

@@ -31,20 +31,20 @@ class Comparison(NamedTuple):
 
     largest_difference: float
     largest_logit: float
-    same_choice: int  # places of `places` where the likeliest token is the same
-    places: int
+    same_choice: int  # positions of `positions` where the likeliest token is the same
+    positions: int
 
 
-def merge(source: NamedModel, output: Path) -> Comparison:
+def merge(named: NamedModel, output: Path) -> Comparison:
     """Write base and adapter as one model, read it again, and compare.
 
     The base is loaded unquantised, whatever it was trained in. Raises: ConfigError if `output` is there already;
     EnvironmentFault if the disk refuses, and then nothing is left of it."""
-    assert source.adapter is not None
+    assert named.adapter is not None
     if output.exists():
         raise ConfigError(f"--output: {output} is there already; give a new folder")
-    config = replace(source.config, load_in_4bit=False, load_in_8bit=False)
-    model = load_adapter(load_for_inference(config), source.adapter)
+    config = replace(named.config, load_in_4bit=False, load_in_8bit=False)
+    model = load_adapter(load_for_inference(config), named.adapter)
     unmerged = logits(causal_lm_of(model))
     merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
     with suppress(OSError):  # a base without one has its defaults; its absence is no fault
@@ -59,15 +59,19 @@ def merge(source: NamedModel, output: Path) -> Comparison:
         load_tokenizer(config).save_pretrained(temporary)
         for path in temporary.glob("*.safetensors"):
             shutil.copymode(temporary / "config.json", path)  # the library writes these for the owner alone
-        found = logits(load_for_inference(replace(config, model_name_or_path=str(temporary), model_revision=None)))
+        merged_logits = logits(
+            load_for_inference(replace(config, model_name_or_path=str(temporary), model_revision=None))
+        )
         temporary.rename(output)
     except (OSError, SafetensorError) as error:
         words = error.strerror if isinstance(error, OSError) else str(error)
         raise EnvironmentFault(f"--output: {output}: {words}; nothing was written") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    same = int((found.argmax(-1) == unmerged.argmax(-1)).sum())
-    return Comparison(float((found - unmerged).abs().max()), float(unmerged.abs().max()), same, len(found))
+    same = int((merged_logits.argmax(-1) == unmerged.argmax(-1)).sum())
+    return Comparison(
+        float((merged_logits - unmerged).abs().max()), float(unmerged.abs().max()), same, len(merged_logits)
+    )
 
 
 def parse_options(argv: list[str]) -> argparse.Namespace:
@@ -86,13 +90,13 @@ def main(argv: list[str]) -> None:
     """`python -m loop.merge`."""
     options = parse_options(argv)
     disable_progress_bar()
-    source = find_named_model(options.run, base_only=False)
-    if source.adapter is None:
+    named = find_named_model(options.run, base_only=False)
+    if named.adapter is None:
         raise ConfigError(f"{options.run}: found a model and no run; expected RUN or RUN/checkpoints/step-N")
-    source = replace(source, config=replace(source.config, dtype=options.dtype or source.config.dtype))
-    compared = merge(source, options.output)
-    print(f"merged     {source.config.model_name_or_path} and {source.adapter}, {source.config.dtype}")
+    named = replace(named, config=replace(named.config, dtype=options.dtype or named.config.dtype))
+    compared = merge(named, options.output)
+    print(f"merged     {named.config.model_name_or_path} and {named.adapter}, {named.config.dtype}")
     largest = f"{compared.largest_difference:.3g}, where they reach {compared.largest_logit:.3g}"
-    choice = f"the likeliest token is the same at {compared.same_choice} of {compared.places} places"
+    choice = f"the likeliest token is the same at {compared.same_choice} of {compared.positions} places"
     print(f"logits     differ from those unmerged by at most {largest}; {choice}")
     print(f"written    {options.output}")

@@ -8,15 +8,17 @@ if __name__ == "__main__":  # what is imported below takes seconds; `start` impo
 import math
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from loop.config.command_line import config_yaml, parse_command_line
 from loop.config.knobs import FIELDS, Config
 from loop.data.steps import Step
-from loop.errors import NonFiniteError
+from loop.errors import NonFiniteError, TrainingStateError
 from loop.model.checksum import frozen_tensors
 from loop.model.lora import adapter_config_json, gradients, restore_adapter
 from loop.process.anonymous import anonymous
@@ -37,18 +39,23 @@ from loop.state.run_json import open_session
 from loop.update.optim import learning_rate, optimizer_tensors, restore_optimizer
 
 
-def optimizer_step(run: Run, step: Step, rate: float, signals: Signals) -> tuple[float, float, list[float]]:
+class Update(NamedTuple):
+    """What one optimizer step was, equal on every process."""
+
+    loss: float  # nats per target token, over all processes' targets
+    grad_norm: float  # before clipping
+    signals: list[float]  # how many processes heard each of process/signals.py::SIGNALS
+
+
+def optimizer_step(run: Run, step: Step, rate: float, signals: Signals) -> Update:
     """One update of the adapter.
 
-    Returns the loss in nats per target token, the gradient's norm before clipping, and the signals heard anywhere.
     Raises: NonFiniteError on every process alike, before the adapter or the moments have moved."""
     # 1. The divisor first: the targets of the whole step, counted before any forward, equal on every process.
     scale = 1.0 / step.target_tokens
 
-    # 2. Accumulate the gradient of the mean over the step, then sum it over processes, the loss and signals behind it.
-    #    fp16: where it overflows, again with half the loss scale: same rows, same dropout. Nothing is ever skipped.
-    parameters, accepted = list(run.parameters.values()), False
-    while not accepted:
+    while True:
+        # 2. Accumulate the gradient of the mean, then sum it over processes, and with it the loss and the signals.
         run.optimizer.zero_grad(set_to_none=True)
         losses = []
         for k, batch in step.micro_batches:
@@ -56,29 +63,29 @@ def optimizer_step(run: Run, step: Step, rate: float, signals: Signals) -> tuple
             loss_sum = run.loss(batch.to(run.accelerator.device))
             run.accelerator.backward(loss_sum * (scale * run.loss_scale.value))
             losses.append(loss_sum.detach() * scale)
-        behind = torch.cat([torch.stack(losses).sum().view(1), signals.flags(run.accelerator.device)])
-        flat = run.accelerator.reduce(torch.cat([*gradients(run.parameters), behind]), "sum")
-        gradient = flat[: -len(behind)] / run.loss_scale.value
+        extra = torch.cat([torch.stack(losses).sum().view(1), signals.flags(run.accelerator.device)])
+        flat = run.accelerator.reduce(torch.cat([*gradients(run.parameters), extra]), "sum")  # the one collective
+        gradient = flat[: -len(extra)] / run.loss_scale.value
         grad_norm = torch.linalg.vector_norm(gradient)
-        norm, mean_loss, *heard = torch.cat([grad_norm.view(1), flat[-len(behind) :]]).tolist()  # the one sync
-        accepted = not math.isfinite(mean_loss) or run.loss_scale.accepts(norm)
+        norm, loss, *heard = torch.cat([grad_norm.view(1), flat[-len(extra) :]]).tolist()  # the one sync
+        overflowed = math.isfinite(loss) and not math.isfinite(norm)
+        if not overflowed or not run.loss_scale.can_halve:
+            break
+        run.loss_scale.halve()  # fp16 alone: once more, same rows, same dropout, same rate; no step is ever skipped
 
     # 3. Update: refuse what is not finite before anything moves; clip; step.
-    if not (math.isfinite(mean_loss) and math.isfinite(norm)):
-        raise NonFiniteError(
-            f"step {step.step}: loss {mean_loss}, gradient norm {norm}, rows {step.rows}: the adapter was not touched "
-            "and the last checkpoint is intact; look at these rows, or lower learning_rate in another output_dir"
-        )
-    for parameter, summed in zip(parameters, gradient.split([parameter.numel() for parameter in parameters])):
-        parameter.grad = summed.view_as(parameter)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise NonFiniteError(_not_finite(step, loss, norm))
+    run.loss_scale.count_step()
+    set_gradients(run.parameters, gradient)
     if run.config.max_grad_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, run.config.max_grad_norm, grad_norm)
+        torch.nn.utils.clip_grads_with_norm_(run.parameters.values(), run.config.max_grad_norm, grad_norm)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     run.optimizer.step()
 
-    # 4. Report what was optimised: the loss over all processes' targets, not one process's sample of it.
-    return mean_loss, norm, heard
+    # 4. Report what was optimized: the loss over all processes' targets, not one process's sample of it.
+    return Update(loss, norm, heard)
 
 
 def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
@@ -86,17 +93,32 @@ def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence((seed, step, micro_batch)).generate_state(1, np.uint64)[0]))
 
 
-def train(config: Config, sources: dict[str, str] | None = None) -> Result:
+def set_gradients(parameters: dict[str, nn.Parameter], flat: Tensor) -> None:
+    """Give each tensor its part of the summed gradient, as a view of it: nothing is copied."""
+    sizes = [parameter.numel() for parameter in parameters.values()]
+    for parameter, part in zip(parameters.values(), flat.split(sizes)):
+        parameter.grad = part.view_as(parameter)
+
+
+def _not_finite(step: Step, loss: float, norm: float) -> str:
+    return (
+        f"step {step.step}: loss {loss}, gradient norm {norm}, rows {step.rows}: the adapter was not touched and the "
+        "last checkpoint is intact; look at these rows, or lower learning_rate in another output_dir"
+    )
+
+
+def train(config: Config, set_by: dict[str, str] | None = None) -> Result:
     """Train to the end (or `stop_after_steps`), from the newest checkpoint if there is one.
 
-    Raises: any LoopError; whatever was saved before stays valid. Stopped, after saving, where a signal ended it."""
+    `set_by` says of each knob who set it, for `config.yaml`. Raises: any LoopError; whatever was saved before stays
+    valid. Stopped, after saving, where a signal ended it."""
     accelerator = make_accelerator(config)
     lock = lock_folder(Path(config.output_dir)) if accelerator.is_main_process else nullcontext()
     with Signals() as signals, anonymous(), lock as notice:
-        return train_run(prepare_run(config, accelerator), signals, sources or {}, [notice] if notice else [])
+        return train_run(prepare_run(config, accelerator), signals, set_by or {}, [notice] if notice else [])
 
 
-def train_run(run: Run, signals: Signals, sources: dict[str, str], notices: list[str]) -> Result:
+def train_run(run: Run, signals: Signals, set_by: dict[str, str], notices: list[str]) -> Result:
     """The loop over steps. What is not guarded by `record` is done by all processes, collectives included."""
     config, accelerator = run.config, run.accelerator
     checkpoint, passed_over = find_checkpoint(run.folder, config.resume_from_checkpoint, run.identity)
@@ -108,29 +130,30 @@ def train_run(run: Run, signals: Signals, sources: dict[str, str], notices: list
     run = rehearse(run, checkpoint)
     first = checkpoint.step if checkpoint else 0
     last = min(run.num_steps, first + (config.stop_after_steps or run.num_steps))
-    for notice in [*notices, *passed_over, *unpinned(run.asked, run.config)]:
+    for notice in [*notices, *passed_over, *unpinned(run.requested, run.config)]:
         accelerator.print(notice)
-    record = open_record(run, checkpoint, sources) if accelerator.is_main_process else None
+    record = open_record(run, checkpoint, set_by) if accelerator.is_main_process else None
     if checkpoint is None:
         keep_sample(run, "base")
         evaluate(run, record, 0)
     signals.defer()
-    to_gpu = accelerator.device.type == "cuda"
-    for step in DataLoader(run.steps, sampler=range(first, last), batch_size=None, pin_memory=to_gpu):
+    on_gpu = accelerator.device.type == "cuda"
+    for step in DataLoader(run.steps, sampler=range(first, last), batch_size=None, pin_memory=on_gpu):
         rate = learning_rate(step.step, config, run.num_steps)
-        loss, grad_norm, heard = optimizer_step(run, step, rate, signals)
-        done, stop_signal, save_now = step.step + 1, *signals.asked(heard)
+        update = optimizer_step(run, step, rate, signals)
+        done, request = step.step + 1, signals.take(update.signals)
         if record is not None:
-            record.step(step, loss, grad_norm, rate, accelerator.device)
+            record.step(step, update.loss, update.grad_norm, rate, accelerator.device)
         if done == run.num_steps or (config.eval_steps and done % config.eval_steps == 0):
             evaluate(run, record, done)
-        if record is not None and (done == last or done % config.save_steps == 0 or stop_signal or save_now):
+        is_due = done == last or done % config.save_steps == 0
+        if record is not None and (is_due or request.stop or request.save):
             save(run, record, done)
-        if stop_signal:
+        if request.stop:
             break
     if record is not None:
         record.close()
-    return finish(run) if done == run.num_steps else stop(run, done, stop_signal)
+    return finish(run) if done == run.num_steps else stop(run, done, request.stop)
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
@@ -141,7 +164,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     restore_adapter(run.parameters, checkpoint.adapter)
 
 
-def open_record(run: Run, checkpoint: Checkpoint | None, sources: dict[str, str]) -> Record:
+def open_record(run: Run, checkpoint: Checkpoint | None, set_by: dict[str, str]) -> Record:
     """Say what is about to run, write `config.yaml` and this session into `run.json`, and open the ledger."""
     first_step = checkpoint.step if checkpoint else 0
     changes = differences(checkpoint.environment, run.environment) if checkpoint else []
@@ -149,10 +172,10 @@ def open_record(run: Run, checkpoint: Checkpoint | None, sources: dict[str, str]
     print("\n".join([*describe(run), *resumed]), flush=True)
     for change in changes:
         print(f"not bit-exact from step {first_step}: {change}", flush=True)
-    place = {**run.environment, "source_commit": source_commit()}
-    open_session(run.folder / "run.json", run_facts(run), place, first_step, changes)
-    found = {name: "found" for name in FIELDS if getattr(run.config, name) != getattr(run.asked, name)}
-    replace_file(run.folder / "config.yaml", config_yaml(run.config, {**sources, **found}).encode())
+    where = {**run.environment, "source_commit": source_commit()}
+    open_session(run.folder / "run.json", run_facts(run), where, first_step, changes)
+    resolved = {name: "found" for name in FIELDS if getattr(run.config, name) != getattr(run.requested, name)}
+    replace_file(run.folder / "config.yaml", config_yaml(run.config, {**set_by, **resolved}).encode())
     start = checkpoint.ledger if checkpoint else LedgerPosition(0, 0, run.identity_sha256)
     return Record(run.folder, start, first_step, run.num_steps, run.config.logging_steps)
 
@@ -160,14 +183,16 @@ def open_record(run: Run, checkpoint: Checkpoint | None, sources: dict[str, str]
 def evaluate(run: Run, record: Record | None, updates: int) -> None:
     """Take the held-out loss after `updates` updates, on all processes, if rows were held out.
 
-    Raises: NonFiniteError by name if a forward without gradients has changed a frozen tensor, which would be silent."""
+    Raises: TrainingStateError by name if a forward without gradients has changed a frozen tensor, silently."""
     if len(run.data.heldout) > 0:
         loss = heldout_loss(run.accelerator, run.loss, run.data.heldout, run.steps)
         if record is not None:
             record.evaluation(updates, loss, run.data.counts["heldout_target_tokens"])
-    changed = [name for name, found in frozen_tensors(run.model).items() if found != run.layout[name]]
+    changed = [name for name, tensor in frozen_tensors(run.model).items() if tensor != run.frozen[name]]
     if changed:
-        raise NonFiniteError(f"{changed[0]}: its shape or dtype changed in a forward; gradients would be wrong or lost")
+        raise TrainingStateError(
+            f"{changed[0]}: its shape or dtype changed in a forward; gradients would be wrong or lost"
+        )
 
 
 def save(run: Run, record: Record, step: int) -> None:
@@ -190,6 +215,6 @@ def main(argv: list[str]) -> None:
     """`python -m loop.train`, and with `accelerate launch` in front the same on many processes."""
     command = parse_command_line(argv, launched_processes())
     if command.print_config:
-        print(config_yaml(command.config, command.sources), end="")
+        print(config_yaml(command.config, command.set_by), end="")
     else:
-        train(command.config, command.sources)
+        train(command.config, command.set_by)

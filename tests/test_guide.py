@@ -72,7 +72,7 @@ def test_every_file_link_recipe_and_command_exists() -> None:
     for recipe in re.findall(r"`(bloom-7b1[\w-]*-[\w-]+)`", GUIDE):
         assert find_recipe(recipe).is_file()
     for command in re.findall(r"python -m loop\.(\w+)", GUIDE):
-        assert (LOOP / f"{command}.py").is_file(), command
+        assert {*LOOP.glob(f"{command}.py"), *LOOP.glob(f"{command}/__main__.py")}, command
     for anchor in re.findall(r"\]\(README\.md#([\w-]+)\)", GUIDE):
         assert f"\n## {anchor.capitalize()}\n" in (LOOP / "README.md").read_text(encoding="utf-8")
 

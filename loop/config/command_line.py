@@ -23,7 +23,7 @@ class CommandLine:
     """What a command line asks for, and who set each value: default, file or flag."""
 
     config: Config
-    sources: dict[str, str]
+    set_by: dict[str, str]
     print_config: bool
 
 
@@ -33,30 +33,30 @@ def parse_command_line(argv: list[str], num_processes: int = 1) -> CommandLine:
     Raises: ConfigError that lists everything wrong at once; SystemExit(0) after `--help`."""
     options, flags, errors = _parse_flags(argv)
     values: dict[str, Any] = {}
-    sources = dict.fromkeys(FIELDS, "default")
+    set_by = dict.fromkeys(FIELDS, "default")
     foreign: dict[str, Any] = {}
-    for source, given in (("file", _read_recipe(options.config) if options.config else {}), ("flag", flags)):
+    for setter, given in (("file", _read_recipe(options.config) if options.config else {}), ("flag", flags)):
         foreign |= {key: value for key, value in given.items() if key not in FIELDS}
         for name in given.keys() - foreign.keys():
-            values[name], sources[name] = given[name], source
+            values[name], set_by[name] = given[name], setter
     errors += answer_unknown_keys(foreign, num_processes, [*FIELDS, "config", "print_config", "debug"])
     try:
         config = Config(**values)
     except ValidationError as error:
         by_knob = itertools.groupby(error.errors(), key=lambda detail: detail["loc"][:1])
-        errors += [_in_words(list(details), sources) for _, details in by_knob]
+        errors += [_explain(list(details), set_by) for _, details in by_knob]
     if errors:
         raise ConfigError("\n".join(errors))
-    return CommandLine(config, sources, options.print_config)
+    return CommandLine(config, set_by, options.print_config)
 
 
-def config_yaml(config: Config, sources: dict[str, str]) -> str:
+def config_yaml(config: Config, set_by: dict[str, str]) -> str:
     """The resolved config as YAML that `--config` reads back, each line with who set it."""
     lines = []
     for name, value in knob_values(config).items():
         plain = str(value).isprintable()  # else escaped: YAML folds some line ends that are text here
         text = yaml.safe_dump([value], allow_unicode=plain, width=10**6, default_flow_style=True).strip()[1:-1]
-        lines.append(f"{name + ': ' + text:<60}  # {sources.get(name, 'python')}\n")
+        lines.append(f"{name + ': ' + text:<60}  # {set_by.get(name, 'python')}\n")
     return "".join(lines)
 
 
@@ -140,7 +140,7 @@ def _read_recipe(name: str) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _in_words(details: list[Any], sources: dict[str, str]) -> str:
+def _explain(details: list[Any], set_by: dict[str, str]) -> str:
     """pydantic's errors of one knob as one line (a contradiction between knobs may bring several)."""
     messages = [str(detail["msg"]).removeprefix("Value error, ").removeprefix("Input ") for detail in details]
     if not details[0]["loc"]:
@@ -148,4 +148,4 @@ def _in_words(details: list[Any], sources: dict[str, str]) -> str:
     name = str(details[0]["loc"][0])
     if details[0]["type"] in ("missing", "missing_keyword_only_argument"):
         return f"{name}: missing; give --{name}, or a recipe with --config"
-    return f"{name}: found {details[0]['input']!r}, {', or '.join(messages)} ({sources[name]})"
+    return f"{name}: found {details[0]['input']!r}, {', or '.join(messages)} ({set_by[name]})"

@@ -134,6 +134,11 @@ class Config:
             raise ValueError("\n".join(errors))
         return self
 
+    @property
+    def base_bits(self) -> int:
+        """Bits a weight of the base's linear modules: 4, 8, or 16 for whatever `dtype` says."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else 16
+
     def knobs(self, *roles: ResumeRole) -> dict[str, Any]:
         """The knobs whose meaning for a resume is one of `roles`, as JSON values."""
         wanted = {name for name, field in FIELDS.items() if field.json_schema_extra["resume"] in roles}
@@ -159,7 +164,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "load_in_4bit, load_in_8bit: both are given; choose one"
     if config.use_dora and config.load_in_8bit:
         yield "use_dora: with load_in_8bit PEFT 0.21 loses the scales of the base; write load_in_4bit"
-    if config.dtype == "float64" and (config.load_in_4bit or config.load_in_8bit):
+    if config.dtype == "float64" and config.base_bits < 16:
         yield "dtype: float64 with a quantised base, which computes in float32 or less"
 
 

@@ -55,7 +55,7 @@ class Batch(NamedTuple):
 
     @property
     def position_ids(self) -> Tensor:
-        """(T,) int64: the place of each token in its row."""
+        """(T,) int64: the position of each token in its row."""
         return torch.cat([grid.positions % grid.width for grid in self.grids])
 
     def to(self, device: torch.device) -> "Batch":

@@ -25,9 +25,9 @@ def collate(examples: Sequence[Example], padding_free: bool) -> Batch:
     input_ids = torch.tensor([token for example in examples for token in example.input_ids])
     target_positions = torch.tensor(
         [
-            place
+            position
             for example, length, end in zip(examples, lengths, ends)
-            for place in range(end - length + max(1, example.target_start) - 1, end - 1)
+            for position in range(end - length + max(1, example.target_start) - 1, end - 1)
         ],
         dtype=torch.int64,
     )
@@ -47,6 +47,6 @@ def _grids(lengths: list[int], padding_free: bool) -> list[Grid]:
     grids = []
     for start, end in zip(starts, [*starts[1:], len(lengths)]):
         width = max(lengths[start:end])
-        places = np.concatenate([row * width + np.arange(n) for row, n in enumerate(lengths[start:end])])
-        grids.append(Grid(end - start, width, torch.from_numpy(places)))
+        positions = np.concatenate([row * width + np.arange(n) for row, n in enumerate(lengths[start:end])])
+        grids.append(Grid(end - start, width, torch.from_numpy(positions)))
     return grids

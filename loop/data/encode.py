@@ -41,33 +41,33 @@ def render(template: str, row: dict[str, Any], index: int) -> str:
         if column is None:
             continue
         if column not in row:
-            ways = f"the columns are {', '.join(sorted(row))}; name one in dataset_text_field or text_template"
-            raise DataError(f"column {column!r} is missing; {ways}")
+            hint = f"the columns are {', '.join(sorted(row))}; name one in dataset_text_field or text_template"
+            raise DataError(f"column {column!r} is missing; {hint}")
         value = row[column]
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             value = ", ".join(value)
         if not isinstance(value, str):
-            found = f"row {index}, column {column!r}: found {value!r:.60}"
-            raise DataError(f"{found}, expected text; correct or remove the row")
+            cell = f"row {index}, column {column!r}: found {value!r:.60}"
+            raise DataError(f"{cell}, expected text; correct or remove the row")
         parts.append(format(string.Formatter().convert_field(value, conversion), spec or ""))
     return "".join(parts)
 
 
-def tokenize_rows(source: Dataset, templates: list[str], config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Every row tokenised, in its place, through the library's cache on disk.
+def tokenize_rows(rows: Dataset, templates: list[str], config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Every row tokenized, in its place, through the library's cache on disk.
 
     The cache is named by all that decides its bytes, the code of encoding and of tokenizing included."""
-    if len(source) == 0:
+    if len(rows) == 0:
         raise DataError(f"{config.dataset_name}: the split holds no rows")
-    decisive = [source._fingerprint, templates, config.max_length, config.truncation, tokenizer_sha256(tokenizer)]
+    decisive = [rows._fingerprint, templates, config.max_length, config.truncation, tokenizer_sha256(tokenizer)]
     decisive += [type(tokenizer).__name__, *(path.read_text(encoding="utf-8") for path in _DECISIVE_CODE)]
     try:
-        return source.map(
+        return rows.map(
             _encode,
             batched=True,
             with_indices=True,
             fn_kwargs={"templates": templates, "config": config, "tokenizer": tokenizer},
-            remove_columns=source.column_names,
+            remove_columns=rows.column_names,
             features=_COLUMNS,
             new_fingerprint=sha256(canonical_json(decisive))[:16],
         )
@@ -84,7 +84,7 @@ def _encode(
 ) -> dict[str, list[Any]]:
     """A batch of rows as `_COLUMNS`; a row that is dropped keeps its place, with no tokens.
 
-    A prompt and its completion are tokenised apart, so that the boundary is where a user's own prompt will end."""
+    A prompt and its completion are tokenized apart, so that the boundary is where a user's own prompt will end."""
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
     texts = [[render(template, row, index) for row, index in zip(rows, indices)] for template in templates]
     eos = tokenizer.eos_token_id
@@ -108,8 +108,8 @@ def _fit(tokens: list[int], config: Config, index: int) -> tuple[list[int], int]
     if len(tokens) <= config.max_length:
         return tokens, KEPT
     if config.truncation == "error":
-        found = f"row {index} has {len(tokens)} tokens, max_length is {config.max_length}"
-        raise DataError(f"{found}; raise it, or choose truncation: truncate or drop")
+        excess = f"row {index} has {len(tokens)} tokens, max_length is {config.max_length}"
+        raise DataError(f"{excess}; raise it, or choose truncation: truncate or drop")
     return ([], TOO_LONG) if config.truncation == "drop" else (tokens[: config.max_length], TRUNCATED)
 
 

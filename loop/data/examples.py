@@ -19,7 +19,7 @@ _SPLIT_STREAM = 2**32 - 1
 
 @dataclass(frozen=True)
 class Examples:
-    """Some rows of a tokenised dataset. Tokens stay on disk, memory-mapped; 16 bytes a row are in memory.
+    """Some rows of a tokenized dataset. Tokens stay on disk, memory-mapped; 16 bytes a row are in memory.
 
     Shapes: rows (N,) int64, indices into the dataset as loaded, ascending; lengths and num_targets (N,) int32."""
 
@@ -33,8 +33,8 @@ class Examples:
 
     def read(self, positions: np.ndarray) -> list[Example]:
         """The examples at these positions (of `rows`, not of the dataset)."""
-        found = self.dataset[self.rows[positions].tolist()]
-        return [Example(*pair) for pair in zip(found["input_ids"], found["target_start"])]
+        columns = self.dataset[self.rows[positions].tolist()]
+        return [Example(*pair) for pair in zip(columns["input_ids"], columns["target_start"])]
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
     """Load, tokenise (once: a second call reads the cache), drop rows without a target, split, fingerprint.
 
     Raises: DataError, HubError. Nothing is written but the library's cache."""
-    source, commit = load_rows(config, config.dataset_train_split)
-    templates = resolve_templates(config, source.column_names)  # once: a test split is read as the train split is
-    whole = tokenize_rows(source, templates, config, tokenizer)
+    rows, commit = load_rows(config, config.dataset_train_split)
+    templates = resolve_templates(config, rows.column_names)  # once: a test split is read as the train split is
+    whole = tokenize_rows(rows, templates, config, tokenizer)
     usable = np.flatnonzero(column(whole, "num_targets"))
     if config.dataset_test_split is None:
         count = max(1, round(config.eval_fraction * len(usable))) if config.eval_fraction > 0 else 0
@@ -74,8 +74,8 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
     counts = _count(whole, train, heldout)
     if len(train) == 0:
         lost = "{dropped_without_target} of {rows} have no text, {dropped_too_long} of {rows} are".format(**counts)
-        ways = f"longer than max_length {config.max_length}; raise it, or choose truncation: truncate"
-        raise DataError(f"{config.dataset_name}: no rows are left to train on: {lost} {ways}")
+        hint = f"longer than max_length {config.max_length}; raise it, or choose truncation: truncate"
+        raise DataError(f"{config.dataset_name}: no rows are left to train on: {lost} {hint}")
     if config.dataset_test_split is not None and len(heldout) == 0:
         raise DataError(f"dataset_test_split: no row of {config.dataset_test_split} has text to predict")
     fingerprint, largest_token_id = _fingerprint(train, heldout)

@@ -35,8 +35,8 @@ def draw(step: int, num_rows: int, positions: int, global_batch_size: int, seed:
     exactly once an epoch, none dropped, none repeated to fill a batch."""
     first = step * global_batch_size
     last = min(first + global_batch_size, positions)
-    places = [divmod(position, num_rows) for position in range(first, last)]
-    rows = np.array([permutation(seed, epoch, num_rows)[i] for epoch, i in places], dtype=np.int64)
+    epoch_and_index = [divmod(position, num_rows) for position in range(first, last)]
+    rows = np.array([permutation(seed, epoch, num_rows)[i] for epoch, i in epoch_and_index], dtype=np.int64)
     return first // num_rows, rows
 
 

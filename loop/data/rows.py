@@ -47,19 +47,19 @@ def load_rows(config: Config, split: str) -> tuple[Dataset, str | None]:
         commit = base.split("@")[1].split("/")[0] if base.startswith("hf://") and "@" in base else None
         return builder.as_dataset(split=split), commit
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-        ways = f"no token is used: hf download {name} --repo-type dataset --local-dir DIR, then write DIR in its place"
-        raise HubError(f"dataset_name: {name}: {first_line(error)}; {ways}") from error
+        hint = f"no token is used: hf download {name} --repo-type dataset --local-dir DIR, then write DIR in its place"
+        raise HubError(f"dataset_name: {name}: {first_line(error)}; {hint}") from error
     except StopIteration as error:
         raise DataError(f"dataset_name: {name}: holds no rows") from error
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
         cause = error.__cause__ or error
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            ways = "free some space, or set HF_HOME to a folder on another disk"
-            raise EnvironmentFault(f"the cache of datasets: {cause.strerror}; {ways}") from error
-        found = first_line(cause)
-        words = "holds no rows" if "corresponds to no data" in found else found
+            hint = "free some space, or set HF_HOME to a folder on another disk"
+            raise EnvironmentFault(f"the cache of datasets: {cause.strerror}; {hint}") from error
+        reason = first_line(cause)
+        reason = "holds no rows" if "corresponds to no data" in reason else reason
         kind = HubError if isinstance(error, OSError) and not path.exists() else DataError
-        raise kind(f"dataset_name: {name}: {words}") from error
+        raise kind(f"dataset_name: {name}: {reason}") from error
 
 
 def _by_content(path: Path) -> Path:

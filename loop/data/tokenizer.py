@@ -35,13 +35,13 @@ def clear_errors(config: Config, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        found = str(error).strip().split("\n")[0].rstrip(".")
-        hint = next((hint for words, hint in _HINTS.items() if words in found), _EXPECTED)
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        hint = next((hint for words, hint in _HINTS.items() if words in reason), _EXPECTED)
         if Path(name).exists():
-            raise ConfigError(f"model_name_or_path: no {what} in {name}: {found}; {hint}") from error
+            raise ConfigError(f"model_name_or_path: no {what} in {name}: {reason}; {hint}") from error
         download = f"hf download {name}, then HF_HUB_OFFLINE=1"
-        ways = f"expected a folder, or a Hub id that is online or downloaded before: {download}"
-        raise HubError(f"model_name_or_path: {name}: {found}; {ways if hint == _EXPECTED else hint}") from error
+        expected = f"expected a folder, or a Hub id that is online or downloaded before: {download}"
+        raise HubError(f"model_name_or_path: {name}: {reason}; {expected if hint == _EXPECTED else hint}") from error
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -52,7 +52,7 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     return sha256(canonical_json([rules, tokenizer.special_tokens_map, tokenizer.chat_template]))
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """A prompt's tokens, as training makes them. Raises: ConfigError if there are none."""
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ConfigError(f"--prompt: found {prompt!r:.60}, expected UTF-8")

@@ -35,12 +35,12 @@ def check_adapter(files: dict[str, bytes], run: dict[str, Any]) -> None:
         rank = {"lora_A": tensor.shape[:1], "lora_B": tensor.shape[1:2]}.get(parts["part"], (config["r"],))
         if tuple(rank) != (config["r"],):
             raise CheckpointError(f"adapter_model.safetensors: {name} is {list(tensor.shape)}, r is {config['r']}")
-    found = {name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()}
+    actual = {name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()}
     stated: dict[str, Any] = run["census"]["tensors"]
-    odd = sorted(name for name in {*found, *stated} if found.get(name) != stated.get(name))
-    if odd:
-        both = f"found {found.get(odd[0], 'nothing')}, run.json states {stated.get(odd[0], 'nothing')}"
-        raise CheckpointError(f"adapter_model.safetensors: {odd[0]}: {both}")
+    mismatched = sorted(name for name in {*actual, *stated} if actual.get(name) != stated.get(name))
+    if mismatched:
+        both = f"found {actual.get(mismatched[0], 'nothing')}, run.json states {stated.get(mismatched[0], 'nothing')}"
+        raise CheckpointError(f"adapter_model.safetensors: {mismatched[0]}: {both}")
     for name, tensor in tensors.items():  # whose dtype is the run's, and so one that can be asked
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"adapter_model.safetensors: {name} holds NaN or infinity")
@@ -65,7 +65,7 @@ def read_adapter_config(content: bytes) -> dict[str, Any]:
 
 def _check_config(content: bytes, run: dict[str, Any]) -> dict[str, Any]:
     """`adapter_config.json`, if each of its values follows from the run. A key of another PEFT has to be empty."""
-    found = read_adapter_config(content)
+    actual = read_adapter_config(content)
     identity, base = run["identity"], run["base"]
     lora = LoraConfig(
         task_type="CAUSAL_LM",
@@ -79,10 +79,10 @@ def _check_config(content: bytes, run: dict[str, Any]) -> dict[str, Any]:
         revision=base["commit"],
     ).to_dict()
     expected: dict[str, Any] = {**lora, "target_modules": identity["lora_target_modules"]}
-    expected["peft_version"] = found.get("peft_version")
-    for key in sorted({*found, *expected}):
-        if found.get(key) != expected.get(key) and (key in expected or found[key] not in (None, False, {}, [])):
+    expected["peft_version"] = actual.get("peft_version")
+    for key in sorted({*actual, *expected}):
+        if actual.get(key) != expected.get(key) and (key in expected or actual[key] not in (None, False, {}, [])):
             raise CheckpointError(
-                f"adapter_config.json: {key} is {found.get(key)!r}, the run's is {expected.get(key)!r}"
+                f"adapter_config.json: {key} is {actual.get(key)!r}, the run's is {expected.get(key)!r}"
             )
-    return found
+    return actual

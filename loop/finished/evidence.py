@@ -8,7 +8,7 @@ from typing import Any
 from loop.config.command_line import parse_command_line
 from loop.config.knobs import Config
 from loop.errors import CheckpointError, ConfigError
-from loop.finished.named_model import check_stated, find_run
+from loop.finished.named_model import check_sha256, find_run
 from loop.state.checkpoint import list_checkpoints, read_checkpoint
 from loop.state.files import canonical_json, differences, read_regular_file, sha256
 from loop.state.ledger import LedgerPosition, verify_ledger
@@ -25,7 +25,7 @@ class Evidence:
     folder: Path
     step: int
     config: Config
-    sources: dict[str, str]  # who set each knob: default, file, flag or found
+    set_by: dict[str, str]  # who set each knob: default, file, flag or found
     run: dict[str, Any]  # run.json
     run_json: bytes
     ledger: bytes  # up to `step`
@@ -39,22 +39,22 @@ class Evidence:
         return [(entry["step"], entry["eval_loss"]) for entry in self.entries if "eval_loss" in entry]
 
 
-def read_evidence(asked: Path) -> Evidence:
+def read_evidence(requested: Path) -> Evidence:
     """Read a finished run, or the checkpoint that is named.
 
     Raises: ConfigError if it is neither, CheckpointError where two of its files do not belong together."""
-    folder = find_run(asked)
+    folder = find_run(requested)
     if folder is None:
-        raise ConfigError(f"{asked}: found no run there; expected RUN or RUN/checkpoints/step-N")
+        raise ConfigError(f"{requested}: found no run there; expected RUN or RUN/checkpoints/step-N")
     run_json = read_regular_file(folder / "run.json", _LIMIT)
     run = parse_run_json(run_json, folder / "run.json")
     identity, start = run["identity"], run["identity_sha256"]
     if sha256(canonical_json(identity)) != start:
         raise CheckpointError(f"{folder / 'run.json'}: its identity does not have the sha256 that it states")
-    if asked.resolve().parent == folder.resolve() / "checkpoints":
-        checkpoint = read_checkpoint(asked)
+    if requested.resolve().parent == folder.resolve() / "checkpoints":
+        checkpoint = read_checkpoint(requested)
         if checkpoint.identity != identity:
-            raise CheckpointError(f"{asked}: belongs to another run than {folder / 'run.json'}")
+            raise CheckpointError(f"{requested}: belongs to another run than {folder / 'run.json'}")
         step, position, adapter = checkpoint.step, checkpoint.ledger, checkpoint.adapter_files()
     else:
         step, position, adapter = _finished(folder, run)
@@ -66,13 +66,13 @@ def read_evidence(asked: Path) -> Evidence:
     changed = differences(stated, config.knobs("identity"))
     if changed:
         raise CheckpointError(f"{folder / 'config.yaml'}: changed since the run: {'; '.join(changed)}")
-    sources = dict(re.findall(r"^(\w+): .*  # (\w+)$", text, flags=re.MULTILINE))
+    set_by = dict(re.findall(r"^(\w+): .*  # (\w+)$", text, flags=re.MULTILINE))
     ledger = read_regular_file(folder / "ledger.jsonl", _LIMIT)[: position.bytes]
     entries = verify_ledger(ledger, folder / "ledger.jsonl", start, position)
     steps = sum("rows" in entry for entry in entries)
     if steps != step:
         raise CheckpointError(f"{folder / 'ledger.jsonl'}: has {steps} steps, {step} are stated")
-    return Evidence(folder, step, config, sources, run, run_json, ledger, entries, position.head, adapter)
+    return Evidence(folder, step, config, set_by, run, run_json, ledger, entries, position.head, adapter)
 
 
 def _finished(folder: Path, run: dict[str, Any]) -> tuple[int, LedgerPosition, dict[str, bytes]]:
@@ -85,6 +85,6 @@ def _finished(folder: Path, run: dict[str, Any]) -> tuple[int, LedgerPosition, d
     names = ("adapter_config.json", "adapter_model.safetensors")
     adapter = {name: read_regular_file(folder / "adapter" / name, _LIMIT) for name in names}
     weights = "adapter_model.safetensors"
-    check_stated(folder / "adapter" / weights, adapter[weights], result["adapter_sha256"])
+    check_sha256(folder / "adapter" / weights, adapter[weights], result["adapter_sha256"])
     content = read_regular_file(folder / "ledger.jsonl", _LIMIT)
     return result["steps"], LedgerPosition(content.count(b"\n"), len(content), result["ledger_head"]), adapter

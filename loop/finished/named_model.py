@@ -31,10 +31,10 @@ class NamedModel:
 
 def find_run(folder: Path) -> Path | None:
     """The run that a folder is, or that its `adapter` or one of its checkpoints is."""
-    place = folder.resolve()
+    path = folder.resolve()
     runs = [folder]
-    runs += [place.parent] if place.name == "adapter" else []
-    runs += [place.parents[1]] if place.parent.name == "checkpoints" else []
+    runs += [path.parent] if path.name == "adapter" else []
+    runs += [path.parents[1]] if path.parent.name == "checkpoints" else []
     return next((run for run in runs if (run / "config.yaml").is_file()), None)
 
 
@@ -53,16 +53,16 @@ def find_named_model(name: str, base_only: bool) -> NamedModel:
     return NamedModel(Config(model_name_or_path=name, dataset_name="none", output_dir="none"))
 
 
-def find_adapter(run: Path, asked: Path) -> tuple[Path, str]:
+def find_adapter(run: Path, requested: Path) -> tuple[Path, str]:
     """Folder and sha256 of the checkpoint asked for, else of the finished adapter, else of the newest checkpoint.
 
     Raises: CheckpointError unless it is what its manifest, or for the finished one `run.json`, states."""
     result, checkpoints = read_run_json(run / "run.json").get("result"), list_checkpoints(run / "checkpoints")
-    if asked.resolve().parent == run.resolve() / "checkpoints":
-        folder = asked
+    if requested.resolve().parent == run.resolve() / "checkpoints":
+        folder = requested
     elif result is not None:
         path, stated = run / "adapter" / "adapter_model.safetensors", dict(result).get("adapter_sha256")
-        return path.parent, check_stated(path, path.read_bytes() if path.is_file() else None, stated)
+        return path.parent, check_sha256(path, path.read_bytes() if path.is_file() else None, stated)
     elif checkpoints:
         folder = checkpoints[-1]
         print(f"{run}: not finished; this is its newest checkpoint, {folder.name}", file=sys.stderr, flush=True)
@@ -71,19 +71,19 @@ def find_adapter(run: Path, asked: Path) -> tuple[Path, str]:
     return folder, sha256(read_checkpoint(folder).adapter_files()["adapter_model.safetensors"])
 
 
-def check_stated(path: Path, content: bytes | None, stated: str | None) -> str:
+def check_sha256(path: Path, content: bytes | None, stated: str | None) -> str:
     """The sha256 of the finished adapter's content. Raises: CheckpointError unless it is the one `run.json` states."""
-    found = "no file" if content is None else sha256(content)
-    if found != stated:
-        ways = f"run.json states sha256 {stated}; its training command restores it"
-        raise CheckpointError(f"{path}: found {found}, {ways}")
-    return found
+    actual = "no file" if content is None else sha256(content)
+    if actual != stated:
+        hint = f"run.json states sha256 {stated}; its training command restores it"
+        raise CheckpointError(f"{path}: found {actual}, {hint}")
+    return actual
 
 
-def load_model(source: NamedModel) -> PreTrainedModel:
+def load_model(named: NamedModel) -> PreTrainedModel:
     """The base, with the adapter in it, for inference. Raises: CheckpointError if they do not fit together."""
-    base = load_for_inference(source.config)
-    return base if source.adapter is None else causal_lm_of(load_adapter(base, source.adapter))
+    base = load_for_inference(named.config)
+    return base if named.adapter is None else causal_lm_of(load_adapter(base, named.adapter))
 
 
 def load_for_inference(config: Config) -> PreTrainedModel:
@@ -102,8 +102,8 @@ def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
         try:
             return PeftModel.from_pretrained(base, adapter).eval()
         except (ValueError, RuntimeError, UserWarning) as error:
-            found = f"does not fit {base.name_or_path}: {str(error).splitlines()[0]}"
-            raise CheckpointError(f"{adapter}: {found}; expected the base that it was trained on") from error
+            reason = f"does not fit {base.name_or_path}: {str(error).splitlines()[0]}"
+            raise CheckpointError(f"{adapter}: {reason}; expected the base that it was trained on") from error
 
 
 def logits(model: PreTrainedModel) -> Tensor:
@@ -112,5 +112,5 @@ def logits(model: PreTrainedModel) -> Tensor:
     assert isinstance(embeddings, nn.Embedding)
     tokens = torch.arange(32, device=model.device) * embeddings.num_embeddings // 32
     with torch.no_grad():
-        found: Tensor = model(input_ids=tokens[None], use_cache=False).logits[0]
-    return found.float().cpu()
+        values: Tensor = model(input_ids=tokens[None], use_cache=False).logits[0]
+    return values.float().cpu()

@@ -1,4 +1,4 @@
-"""Attention over rows that lie end to end: each row sees itself, causally, and no other."""
+"""Attention over packed rows, block-diagonal and causal: each row sees itself and no other."""
 
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +41,8 @@ def rows_attention(
 ) -> tuple[Tensor, None]:
     """transformers' own SDPA, on each grid of rows. Padding stands behind every token of its row, so none sees it.
 
-    Without `grids` (a sample that is generated) it is transformers' SDPA, unchanged.
+    `grids` comes from `body.py`, as a keyword that the model's own forward hands down to its attention unread. Without
+    it (a sample that is generated) this is transformers' SDPA, unchanged.
     Raises: ValueError for what that leaves to a mask, which is not made here, or does not have at all.
     Shapes: query (1, heads, T, head size), key and value with their own heads; returns (1, T, heads, head size)."""
     if grids is None:

@@ -40,14 +40,13 @@ def load_base(config: Config, device: torch.device) -> PreTrainedModel:
 
     Raises: ConfigError for a folder, HubError for a Hub id."""
     dtype: torch.dtype = getattr(torch, config.dtype or base_dtype(device))
-    bits = 4 if config.load_in_4bit else 8 if config.load_in_8bit else 16
     with clear_errors(config, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.model_name_or_path,
             revision=config.model_revision,
             dtype=dtype,
-            quantization_config=quantization_config(bits, dtype),
-            device_map={"": device} if device.type == "cuda" or bits < 16 else None,
+            quantization_config=quantization_config(config.base_bits, dtype),
+            device_map={"": device} if device.type == "cuda" or config.base_bits < 16 else None,
             use_safetensors=True,
             trust_remote_code=False,
             token=False,

@@ -1,6 +1,8 @@
 """The model below its head: a batch in, the hidden state of each of its tokens out, in one of two layouts."""
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,17 +13,40 @@ from loop.model.attention import ROWS
 from loop.model.bloom import bloom_hidden, is_plain
 
 
-def hidden_states(causal_lm: PreTrainedModel, batch: Batch, padding_free: bool) -> Tensor:
-    """Padded, the model's own forward; padding-free, the same with rows end to end. Shapes: (T, hidden size)."""
-    body = causal_lm.base_model
-    if not padding_free:
-        (grid,) = batch.grids
-        return grid.unpad(body(**padded_inputs(batch)).last_hidden_state)
-    if isinstance(body, BloomModel):
-        return bloom_hidden(body, batch)
+class PackedBody(NamedTuple):
+    """How the body of one kind of model computes rows that are packed end to end, each seeing itself alone."""
+
+    is_possible: Callable[[Any], bool]  # of the body: does its config ask for nothing beyond this?
+    hidden_states: Callable[[Any, Batch], Tensor]  # of the body: (T, hidden size)
+    attention: str | None = None  # transformers' name of the attention that the model is switched to
+
+
+def _through_attention_interface(body: PreTrainedModel, batch: Batch) -> Tensor:
+    """The model's own forward on one sequence; `grids` travels through its keywords to `attention.py`.
+
+    transformers' layers pass on what they do not know to the attention function; `rows_attention` takes it there."""
     ids, positions = batch.input_ids[None], batch.position_ids[None]
     last: Tensor = body(input_ids=ids, position_ids=positions, grids=batch.grids, use_cache=False).last_hidden_state
     return last[0]
+
+
+PACKED_BODIES = {BloomModel: PackedBody(is_plain, bloom_hidden)}
+"""Kinds whose forward is written out here, because transformers has no other attention for them than its own."""
+_ANY_OTHER = PackedBody(lambda body: body._supports_attention_backend, _through_attention_interface, ROWS)
+
+
+def packed_body(causal_lm: PreTrainedModel) -> PackedBody:
+    """The entry of PACKED_BODIES for this model, else the way through transformers' attention interface."""
+    kinds = (packed for kind, packed in PACKED_BODIES.items() if isinstance(causal_lm.base_model, kind))
+    return next(kinds, _ANY_OTHER)
+
+
+def hidden_states(causal_lm: PreTrainedModel, batch: Batch, padding_free: bool) -> Tensor:
+    """Packed, by `packed_body`; padded, by the model's own forward. Shapes: (T, hidden size)."""
+    if padding_free:
+        return packed_body(causal_lm).hidden_states(causal_lm.base_model, batch)
+    (grid,) = batch.grids
+    return grid.unpad(causal_lm.base_model(**padded_inputs(batch)).last_hidden_state)
 
 
 def own_logits(causal_lm: PreTrainedModel, batch: Batch) -> Tensor:
@@ -42,20 +67,19 @@ def check_padding_free(causal_lm: PreTrainedModel, padded: Batch, free: Batch, t
 
     Returns the relative difference of the hidden states of the row where it is largest, so that a long row does not
     hide what leaked into a short one; infinite where transformers gives the model no way in."""
-    body, before = causal_lm.base_model, causal_lm.config._attn_implementation
+    packed, before = packed_body(causal_lm), causal_lm.config._attn_implementation
     # Some models keep a window in their mask alone, which is not made here: just above it, little would show.
     text = causal_lm.config.get_text_config()
     windows = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
     is_narrow = any(window is not None and window < max(grid.width for grid in free.grids) for window in windows)
-    if is_narrow or not (is_plain(body) if isinstance(body, BloomModel) else causal_lm._supports_attention_backend):
+    if is_narrow or not packed.is_possible(causal_lm.base_model):
         return math.inf
     with torch.no_grad():
         own = hidden_states(causal_lm, padded, padding_free=False)
-        if not isinstance(body, BloomModel):
-            causal_lm.set_attn_implementation(ROWS)
+        if packed.attention is not None:
+            causal_lm.set_attn_implementation(packed.attention)
         try:
-            ours = hidden_states(causal_lm, free, padding_free=True)
-            difference = _of_the_worst_row(ours - own, own, free)
+            difference = _of_the_worst_row(hidden_states(causal_lm, free, padding_free=True) - own, own, free)
         except ValueError:  # transformers' refusal of an option that its SDPA does not have
             difference = math.inf
     if not difference < tolerance:

@@ -23,9 +23,9 @@ def base_checksum(model: PeftModel) -> str:
     trained = {parameter.data_ptr() for parameter in adapter_parameters(model).values()}
     tensors, seen = {}, set()
     for name, tensor in sorted(model.state_dict().items()):
-        place = (tensor.data_ptr(), tuple(tensor.shape))
-        if tensor.data_ptr() not in trained and place not in seen:  # a tied tensor counts once
-            seen.add(place)
+        storage = (tensor.data_ptr(), tuple(tensor.shape))
+        if tensor.data_ptr() not in trained and storage not in seen:  # a tied tensor counts once
+            seen.add(storage)
             tensors[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = tensor
     with ThreadPoolExecutor() as pool:
         lines = pool.map(_checksum_line, tensors, tensors.values())

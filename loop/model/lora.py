@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loop.config.knobs import Config
-from loop.errors import CheckpointError, ConfigError, NonFiniteError
+from loop.errors import CheckpointError, ConfigError, TrainingStateError
 from loop.model.quantize import dtype_name, num_parameters
 
 
@@ -34,7 +34,7 @@ def add_adapter(base: PreTrainedModel, config: Config) -> PeftModel:
     torch.manual_seed(config.seed)
     with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5.23 by a name that it has deprecated
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        model = get_peft_model(base, lora)
+        model = get_peft_model(base, lora, autocast_adapter_dtype=True)  # LoRA in float32 on a bf16 base
     lora.target_modules = sorted(lora.target_modules or [])  # a set's order changes with Python's hash seed
     if config.gradient_checkpointing:
         base.activation_checkpointing_enable()
@@ -65,20 +65,20 @@ def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
 
 
 def gradients(parameters: dict[str, nn.Parameter]) -> list[Tensor]:
-    """What backward left in each, flattened. Raises: NonFiniteError by name where it left nothing, silently."""
+    """What backward left in each, flattened. Raises: TrainingStateError by name where it left nothing, silently."""
     missing = [name for name, parameter in parameters.items() if parameter.grad is None]
     if missing:
-        raise NonFiniteError(f"{missing[0]}: is trained but got no gradient, like {len(missing) - 1} others")
+        raise TrainingStateError(f"{missing[0]}: is trained but got no gradient, like {len(missing) - 1} others")
     return [parameter.grad.flatten() for parameter in parameters.values() if parameter.grad is not None]
 
 
 def restore_adapter(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
     """Copy saved tensors into the adapter, all or none. Raises: CheckpointError by name."""
     shapes = {name: (parameter.shape, parameter.dtype) for name, parameter in parameters.items()}
-    found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-    if found != shapes:
-        odd = sorted(name for name in {*shapes, *found} if shapes.get(name) != found.get(name))
-        raise CheckpointError(f"adapter_model.safetensors: missing, unexpected or of another shape: {odd[:3]}")
+    saved = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    if saved != shapes:
+        mismatched = sorted(name for name in {*shapes, *saved} if shapes.get(name) != saved.get(name))
+        raise CheckpointError(f"adapter_model.safetensors: missing, unexpected or of another shape: {mismatched[:3]}")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
@@ -110,14 +110,14 @@ def adapter_config_json(model: PeftModel, config: Config) -> bytes:
     return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _target_modules(base: PreTrainedModel, asked: tuple[str, ...] | None) -> list[str]:
+def _target_modules(base: PreTrainedModel, requested: tuple[str, ...] | None) -> list[str]:
     """The modules to adapt. PEFT itself is silent about a name that matches nothing beside one that does."""
     head = base.get_output_embeddings()
     linear = {name: module for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    if asked == ("all-linear",):  # PEFT's own rule: every linear module but the head
+    if requested == ("all-linear",):  # PEFT's own rule: every linear module but the head
         return sorted({name.rsplit(".", 1)[-1] for name, module in linear.items() if module is not head})
     candidates = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
-    names = asked if asked is not None else DEFAULT_TARGETS.get(base.config.model_type)
+    names = requested if requested is not None else DEFAULT_TARGETS.get(base.config.model_type)
     if names is None:
         raise ConfigError(f"lora_target_modules: no default for {base.config.model_type}; choose of {candidates}")
     missing = [name for name in names if not any(m == name or m.endswith("." + name) for m in linear)]

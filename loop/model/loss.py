@@ -72,12 +72,12 @@ class _FusedLoss(torch.autograd.Function):
         for start in range(0, len(weight), VOCABULARY_BLOCK):
             block = weight[start : start + VOCABULARY_BLOCK]
             product = F.linear(hidden, block, None if bias is None else bias[start : start + VOCABULARY_BLOCK])
-            logits, place = product.to(dtype), (targets - start)[:, None]
-            inside, place = (place >= 0) & (place < len(block)), place.clamp(0, len(block) - 1)
-            wanted = torch.where(inside, logits.gather(1, place), wanted)
+            logits, column = product.to(dtype), (targets - start)[:, None]
+            inside, column = (column >= 0) & (column < len(block)), column.clamp(0, len(block) - 1)
+            wanted = torch.where(inside, logits.gather(1, column), wanted)
             before, largest = largest, torch.maximum(largest, logits.amax(1, keepdim=True))
             weights = logits.sub_(largest).mul_(math.log2(math.e)).exp2_()  # exp, at a third of its price on a CPU
-            weights.scatter_(1, place, weights.gather(1, place).masked_fill_(inside, 0.0))
+            weights.scatter_(1, column, weights.gather(1, column).masked_fill_(inside, 0.0))
             shrink = (before - largest).exp_()
             others.mul_(shrink).add_(weights.sum(1, keepdim=True))
             if with_gradient:

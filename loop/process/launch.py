@@ -18,18 +18,20 @@ _NO_SCALER = GradScalerKwargs(enabled=False)
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """The accelerator of the launch config, refused where it would silently do something else than asked.
+    """The accelerator of the launch config, refused where it would silently do something else than it says.
 
     Raises: ConfigError."""
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked not in ("no", "bf16", "fp16"):
-        raise ConfigError(f"mixed_precision: found {asked} in the launch config, expected no, bf16 or fp16")
-    if asked != "no" and config.dtype == "float64":
-        raise ConfigError(f"dtype: float64 with mixed_precision {asked} in the launch config; autocast would lower it")
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") and asked != "fp16"  # accelerate would take float32 there
-    if asked != "no" and not torch.cuda.is_available() and not on_cpu:
-        raise ConfigError(f"mixed_precision: {asked} is for a GPU and torch sees none; use launch_configs/cpu.yaml")
-    if asked == "bf16" and not on_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "bf16", "fp16"):
+        raise ConfigError(f"mixed_precision: found {precision} in the launch config, expected no, bf16 or fp16")
+    if precision != "no" and config.dtype == "float64":
+        raise ConfigError(
+            f"dtype: float64 with mixed_precision {precision} in the launch config; autocast would lower it"
+        )
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") and precision != "fp16"  # accelerate would take float32 there
+    if precision != "no" and not torch.cuda.is_available() and not on_cpu:
+        raise ConfigError(f"mixed_precision: {precision} is for a GPU and torch sees none; use launch_configs/cpu.yaml")
+    if precision == "bf16" and not on_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError("mixed_precision: this GPU has no bf16; use launch_configs/one_gpu_fp16.yaml")
     if config.full_determinism:  # what torch's "Reproducibility" asks for on CUDA; not yet run on a GPU
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -43,8 +45,8 @@ def make_accelerator(config: Config) -> Accelerator:
     kind, processes = accelerator.distributed_type, accelerator.num_processes
     supported = kind in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if not supported or processes != launched_processes():
-        found = f"{kind.value} with {processes} of {launched_processes()} processes joined"
-        raise ConfigError(f"launch config: found {found}; expected one like those in launch_configs/")
+        joined = f"{kind.value} with {processes} of {launched_processes()} processes joined"
+        raise ConfigError(f"launch config: found {joined}; expected one like those in launch_configs/")
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise ConfigError("dynamo_backend: not supported, it would change the bits and names of what is saved")
     if accelerator.gradient_accumulation_steps != 1:

@@ -6,7 +6,7 @@ import stat
 import sys
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,18 @@ SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """All but the last end the run; SIGUSR1 saves a checkpoint and goes on. A launcher that is gone counts as SIGHUP."""
 
 
+class Request(NamedTuple):
+    """What somebody outside wants of the run, now that a step is done."""
+
+    stop: int  # the signal that ends the run, or 0
+    save: bool  # a checkpoint now
+
+
 class Signals:
     """Within `with Signals() as signals:` the four are caught; before `defer` they end the run at once."""
 
     def __init__(self) -> None:
-        self._noted: set[int] = set()
+        self._heard: set[int] = set()
         self._deferred = False
         self._previous: dict[int, Any] = {}
         # accelerate launch always sets this variable, and nobody else does.
@@ -43,32 +50,32 @@ class Signals:
 
     def flags(self, device: torch.device) -> Tensor:
         """1 for each of SIGNALS that came, to be summed over processes: not all hear of one in the same step."""
-        if self._launcher not in (None, os.getppid()):
-            self._noted.add(signal.SIGHUP)
-        return torch.tensor([float(number in self._noted) for number in SIGNALS]).to(device, non_blocking=True)
+        orphaned = {signal.SIGHUP} if self._launcher not in (None, os.getppid()) else set()
+        heard = self._heard | orphaned
+        return torch.tensor([float(number in heard) for number in SIGNALS]).to(device, non_blocking=True)
 
-    def asked(self, heard: list[float]) -> tuple[int, bool]:
-        """Of the summed flags: the signal that ends the run, or 0, and whether to save a checkpoint now."""
-        stops = [number for number, count in zip(SIGNALS[:-1], heard) if count > 0]
-        if heard[-1] > 0:  # one that came after the flags were taken waits for the next step
-            self._noted.discard(signal.SIGUSR1)
-        return max(stops, default=0), heard[-1] > 0
+    def take(self, counts: list[float]) -> Request:
+        """What the summed flags ask for; a save that is granted here is not asked for again."""
+        stops = [number for number, count in zip(SIGNALS[:-1], counts) if count > 0]
+        if counts[-1] > 0:  # one that came after the flags were read waits for the next step
+            self._heard.discard(signal.SIGUSR1)
+        return Request(stop=max(stops, default=0), save=counts[-1] > 0)
 
     def _catch(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and number in self._noted:
+        if number == signal.SIGINT and number in self._heard:
             if hasattr(sys, "ps1"):  # a notebook: its kernel lives on
                 raise KeyboardInterrupt
             os.write(2, b"error: interrupted twice, left at once; the last checkpoint is intact\n")
             os._exit(128 + number)
-        self._noted.add(number)
+        self._heard.add(number)
         name = signal.Signals(number).name
         if number != signal.SIGUSR1 and not self._deferred:
             raise Stopped(number, f"{name} before the first step of this session: it trained and saved nothing")
         what = "saving" if number == signal.SIGUSR1 else "stopping"
-        _tell(f"\n{name}: {what} after this step\n" if os.environ.get("RANK", "0") == "0" else "")
+        _write_to_terminal(f"\n{name}: {what} after this step\n" if os.environ.get("RANK", "0") == "0" else "")
 
 
-def _tell(text: str) -> None:
+def _write_to_terminal(text: str) -> None:
     """Write to the terminal; if that is gone, no later line shall fail because of it."""
     try:
         os.write(2, text.encode())

@@ -56,7 +56,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="the plan and what came of it as one JSON object")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     if any("\ud800" <= character <= "\udfff" for word in argv for character in word):
-        raise ConfigError("found a flag that is not UTF-8")
+        raise ConfigError("a flag that is not UTF-8")
     return parser.parse_args([underscored(word) for word in argv])
 
 

@@ -182,7 +182,7 @@ def _recipe(evidence: Evidence, target: Target) -> str:
     public = {"model_name_or_path": target.base, "model_revision": target.base_commit}
     public |= {"dataset_name": evidence.run["data"]["name"], "output_dir": f"runs/{target.repo_id.partition('/')[2]}"}
     public |= {"resume_from_checkpoint": "auto", "stop_after_steps": None}
-    return config_yaml(replace(evidence.config, **public), evidence.sources)  # type: ignore[arg-type]
+    return config_yaml(replace(evidence.config, **public), evidence.set_by)  # type: ignore[arg-type]
 
 
 def _command(session: dict[str, Any], precision: str) -> str:

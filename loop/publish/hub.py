@@ -101,25 +101,25 @@ def look(hub: Hub, repo_id: str, revision: str | None) -> Remote | None:
     """What is at a branch (None: main) now; None where there is no such repository. Raises: HubError.
 
     A branch that is not there yet has main's files, which it will begin with, and no head."""
-    asked = f"look at {repo_id}{f', {revision}' if revision else ''}"
+    what = f"look at {repo_id}{f', {revision}' if revision else ''}"
 
     def ask(branch: str | None) -> Remote:
         info = hub.api.model_info(repo_id, revision=branch, files_metadata=True)
         if getattr(info, "disabled", False):
             raise HubError(f"{repo_id} is disabled on the Hub")
         if not _COMMIT.fullmatch(info.sha or ""):
-            raise HubError(f"{asked}: the Hub answered without a commit")
+            raise HubError(f"{what}: the Hub answered without a commit")
         oids = {file.rfilename: (file.lfs.sha256 if file.lfs else file.blob_id) or "" for file in info.siblings or []}
         return Remote(bool(info.private), info.sha, oids)
 
     try:
-        return with_retries(hub, asked, lambda: ask(revision), RepositoryNotFoundError, RevisionNotFoundError)
+        return with_retries(hub, what, lambda: ask(revision), RepositoryNotFoundError, RevisionNotFoundError)
     except GatedRepoError as error:
-        raise _in_words(hub, asked, error) from None
+        raise _hub_error(hub, what, error) from None
     except RepositoryNotFoundError:
         return None
     except RevisionNotFoundError:
-        return replace(with_retries(hub, asked, lambda: ask(None)), head=None)
+        return replace(with_retries(hub, what, lambda: ask(None)), head=None)
 
 
 def create(hub: Hub, repo_id: str, public: bool) -> None:
@@ -141,10 +141,10 @@ def open_pull_request(hub: Hub, repo_id: str, files: dict[str, bytes]) -> Sent |
     """An open pull request by this user that already holds these files."""
 
     def ask() -> list[Discussion]:
-        found = hub.api.get_repo_discussions(
+        requests = hub.api.get_repo_discussions(
             repo_id, author=hub.user, discussion_type="pull_request", discussion_status="open"
         )
-        return list(found)
+        return list(requests)
 
     for request in with_retries(hub, f"pull requests of {repo_id}", ask):
         remote = look(hub, repo_id, f"refs/pr/{request.num}")
@@ -181,7 +181,7 @@ def commit(
                 return there
             conflict = isinstance(cause, HfHubHTTPError) and cause.response.status_code in (409, 412)
             if wait is None or not (conflict or _is_passing(cause)):
-                raise _in_words(hub, what, cause, "; nothing was committed") from None
+                raise _hub_error(hub, what, cause, "; nothing was committed") from None
             _pause(hub, what, cause, wait)
     raise AssertionError("unreachable")
 
@@ -195,8 +195,8 @@ def _landed(
         there = open_pull_request(hub, repo_id, files) if create_pr else None
         now = look(hub, repo_id, revision)
     except HubError as unknown:
-        found = f"commit to {repo_id}: {_found(hub, error)}; whether it is there is not known: {unknown}"
-        raise HubError(f"{found}; run the same command again: it looks before it sends") from None
+        state = f"commit to {repo_id}: {_what_happened(hub, error)}; whether it is there is not known: {unknown}"
+        raise HubError(f"{state}; run the same command again: it looks before it sends") from None
     if there is None and not create_pr and now is not None and now.head is not None and now.holds(files):
         there = Sent(now.head)
     if there is None and (now is None or now.head != parent.head):
@@ -250,7 +250,7 @@ def with_retries(hub: Hub, what: str, call: Callable[[], Answer], *expected: typ
             if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES):
                 raise EnvironmentFault(f"{what}: {cause.strerror}; free some space, or set TMPDIR") from None
             if wait is None or not _is_passing(cause):
-                raise _in_words(hub, what, cause) from None
+                raise _hub_error(hub, what, cause) from None
             _pause(hub, what, cause, wait)
     raise AssertionError("unreachable")
 
@@ -266,13 +266,13 @@ def _client() -> httpx2.Client:
 
 def _refuse_long_waits(response: httpx2.Response) -> None:
     """The client waits for as long as it is asked to. Raises: HubError above LONGEST_WAIT."""
-    if _asked_wait(response) > LONGEST_WAIT:
-        raise HubError(f"the Hub asks to be left alone for {_asked_wait(response):g} s; run it again then")
+    if _requested_wait(response) > LONGEST_WAIT:
+        raise HubError(f"the Hub asks to be left alone for {_requested_wait(response):g} s; run it again then")
 
 
-def _asked_wait(response: httpx2.Response) -> float:
-    asked = response.headers.get("Retry-After", "")
-    return float(asked) if re.fullmatch(r"[0-9]{1,9}", asked) else 0.0
+def _requested_wait(response: httpx2.Response) -> float:
+    seconds = response.headers.get("Retry-After", "")
+    return float(seconds) if re.fullmatch(r"[0-9]{1,9}", seconds) else 0.0
 
 
 def _is_passing(error: BaseException) -> bool:
@@ -287,12 +287,12 @@ def _is_passing(error: BaseException) -> bool:
 
 
 def _pause(hub: Hub, what: str, error: BaseException, wait: float) -> None:
-    wait = max(wait, _asked_wait(error.response)) if isinstance(error, HfHubHTTPError) else wait
-    print(f"{what}: {_found(hub, error)}; again in {wait:g} s", file=sys.stderr, flush=True)
+    wait = max(wait, _requested_wait(error.response)) if isinstance(error, HfHubHTTPError) else wait
+    print(f"{what}: {_what_happened(hub, error)}; again in {wait:g} s", file=sys.stderr, flush=True)
     time.sleep(wait)
 
 
-def _found(hub: Hub, error: BaseException) -> str:
+def _what_happened(hub: Hub, error: BaseException) -> str:
     """What happened, in a few words, and never with the token."""
     if isinstance(error, HfHubHTTPError):
         status, said = error.response.status_code, (error.server_message or "").splitlines()
@@ -306,16 +306,16 @@ def _found(hub: Hub, error: BaseException) -> str:
     return _without_secrets(words, hub.token)
 
 
-def _in_words(hub: Hub, what: str, error: BaseException, state: str = "") -> HubError:
+def _hub_error(hub: Hub, what: str, error: BaseException, state: str = "") -> HubError:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    ways = {
+    hint = {
         401: "the token is wrong or expired; log in again: hf auth login",
         403: f"this token{f' of {hub.user}' if hub.user else ''} may not do that; take one that may write there",
         404: "is the name right, and may this token see it?",
     }.get(status or 0, "run the same command again: it looks before it sends" if _is_passing(error) else "")
     if isinstance(error, GatedRepoError):
-        ways = "it is gated: ask for access on its page"
-    return HubError(f"{what}: {_found(hub, error)}{state}{'; ' if ways else ''}{ways}")
+        hint = "it is gated: ask for access on its page"
+    return HubError(f"{what}: {_what_happened(hub, error)}{state}{'; ' if hint else ''}{hint}")
 
 
 def _git_oid(content: bytes) -> str:

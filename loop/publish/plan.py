@@ -92,8 +92,8 @@ def make_plan(evidence: Evidence, target: Target) -> Plan:
     for name, content in files.items():
         if not (name.endswith(".safetensors") or (wrong_id and name == "README.md")):
             text = content.decode(errors="replace")
-            found = findings(name, text, public, vocabulary=name in _VOCABULARIES)
-            blocked += [ConfigError(f"{line}; remove it where it comes from") for line in found]
+            lines = findings(name, text, public, vocabulary=name in _VOCABULARIES)
+            blocked += [ConfigError(f"{line}; remove it where it comes from") for line in lines]
     return Plan(target, evidence.step, files, _left_out(evidence, files), blocked)
 
 
@@ -120,19 +120,19 @@ def _wrong_target(evidence: Evidence, target: Target) -> list[LoopError]:
     errors, trained = _wrong_id("--repo_id", target.repo_id), evidence.run["base"]
     if trained["commit"] is not None:
         if (target.base, target.base_commit) != (trained["name"], trained["commit"]):
-            ways = f"trained on {trained['name']} at {trained['commit']}; leave it out"
-            errors.append(ConfigError(f"--base_model: found {target.base}, the run was {ways}"))
+            hint = f"trained on {trained['name']} at {trained['commit']}; leave it out"
+            errors.append(ConfigError(f"--base_model: found {target.base}, the run was {hint}"))
     elif target.base == trained["name"]:
-        ways = "name it with --base_model OWNER/BASE"
-        ways += f"; if it is not on the Hub yet: hf upload OWNER/BASE {evidence.config.model_name_or_path}"
-        errors.append(ConfigError(f"the base is a local folder ({trained['name']}), {ways}"))
+        hint = "name it with --base_model OWNER/BASE"
+        hint += f"; if it is not on the Hub yet: hf upload OWNER/BASE {evidence.config.model_name_or_path}"
+        errors.append(ConfigError(f"the base is a local folder ({trained['name']}), {hint}"))
     else:
         errors += _wrong_id("--base_model", target.base)
     if target.is_bloom and target.license not in (None, BLOOM_LICENSE):
-        found = (
+        reason = (
             f"--license: found {target.license}; {target.base} is under {BLOOM_LICENSE}, which binds what is derived"
         )
-        errors.append(ConfigError(f"{found} from it; leave it out"))
+        errors.append(ConfigError(f"{reason} from it; leave it out"))
     if not target.is_bloom and target.license is None:
         errors.append(ConfigError("no licence is recorded: write --license ID, as the base's card and the data allow"))
     if target.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", target.license):
@@ -158,14 +158,16 @@ def _wrong_id(flag: str, name: str) -> list[LoopError]:
 
 def _unexpected_entries(folder: Path) -> list[LoopError]:
     """Links, special files and names that may be taken for another, in the folder that is published."""
-    odd = [CheckpointError("adapter/ is a link to another folder; put the folder itself there")] * folder.is_symlink()
+    unexpected = [
+        CheckpointError("adapter/ is a link to another folder; put the folder itself there")
+    ] * folder.is_symlink()
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name) if folder.is_dir() else []:
         plain = entry.is_file(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_nlink == 1
         if not plain and not entry.is_dir(follow_symlinks=False):
-            odd.append(CheckpointError(f"{entry.name!a} in adapter/: a link or a special file; remove it"))
+            unexpected.append(CheckpointError(f"{entry.name!a} in adapter/: a link or a special file; remove it"))
         elif not entry.name.isascii() or not entry.name.isprintable():
-            odd.append(CheckpointError(f"{entry.name!a} in adapter/: a name that looks like another; remove it"))
-    return list(odd)
+            unexpected.append(CheckpointError(f"{entry.name!a} in adapter/: a name that looks like another; remove it"))
+    return list(unexpected)
 
 
 def _tokenizer_files(evidence: Evidence) -> dict[str, bytes]:

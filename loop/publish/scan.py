@@ -43,19 +43,19 @@ def findings(name: str, text: str, public: Iterable[str] = (), vocabulary: bool 
     text = _LINE_END.sub(r"\g<0> ", text)
     words = "|".join(re.escape(word) for word in sorted(public, key=len, reverse=True) if word)
     rest = re.sub(rf"(?<![\w-])(?:{words})(?![\w-])", " ", text) if words else text
-    lines, found = text.split("\n"), []
+    lines, hits = text.split("\n"), []
     for kind, pattern in kinds.items():
-        place = rest if kind == _NAME else text  # a secret, or a path, is one whatever public word is in it
-        for match in re.finditer(pattern, place):
-            number = place.count("\n", 0, match.start()) + 1
+        searched = rest if kind == _NAME else text  # a secret, or a path, is one whatever public word is in it
+        for match in re.finditer(pattern, searched):
+            number = searched.count("\n", 0, match.start()) + 1
             if kind != _NAME or not _QUOTED.match(lines[number - 1]):
-                found.append((number, f"{name}:{number}: {kind}, {mask(match[0])}"))
-    return [line for _, line in sorted(found)]
+                hits.append((number, f"{name}:{number}: {kind}, {mask(match[0])}"))
+    return [line for _, line in sorted(hits)]
 
 
-def mask(found: str) -> str:
+def mask(secret: str) -> str:
     """Enough to find it in the file, too little to use it."""
-    return found[: min(4, len(found) // 2)] + "****"
+    return secret[: min(4, len(secret) // 2)] + "****"
 
 
 def machine_names() -> set[str]:

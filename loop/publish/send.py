@@ -62,10 +62,10 @@ def publish(plan: Plan, evidence: Evidence, verify_logits: bool) -> dict[str, An
             check_logits(base, adapter, evidence)
     if target.tag is not None:
         tag_commit(hub, target.repo_id, target.tag, sent.commit)
-    place = {"repo_id": target.repo_id, "url": f"{hub.api.endpoint}/{target.repo_id}", **asdict(sent)}
-    place |= {"public": target.public, "revision": target.revision, "tag": target.tag}
+    where = {"repo_id": target.repo_id, "url": f"{hub.api.endpoint}/{target.repo_id}", **asdict(sent)}
+    where |= {"public": target.public, "revision": target.revision, "tag": target.tag}
     about = {"base_model": target.base, "base_commit": base_commit, "step": plan.step, "files": plan.sizes}
-    return {**place, **about, "published": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    return {**where, **about, "published": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
 def check_base(hub: Hub, evidence: Evidence, target: Target, folder: Path) -> str:
@@ -77,10 +77,10 @@ def check_base(hub: Hub, evidence: Evidence, target: Target, folder: Path) -> st
         )
     path = fetch(hub, target.base, "config.json", remote.head, folder)
     try:
-        found = sha256(canonical_json(without_volatile(json.loads(path.read_bytes() if path else b"{}"))))
+        actual = sha256(canonical_json(without_volatile(json.loads(path.read_bytes() if path else b"{}"))))
     except (ValueError, TypeError, AttributeError, RecursionError):
-        found = "no config"
-    if found != evidence.run["identity"]["base_config_sha256"]:
+        actual = "no config"
+    if actual != evidence.run["identity"]["base_config_sha256"]:
         raise HubError(f"the base {target.base} at {remote.head}: its config.json is not that of the base trained on")
     return remote.head
 
@@ -110,21 +110,21 @@ def with_card_on_hub(hub: Hub, plan: Plan, remote: Remote | None, folder: Path) 
     return replace(plan, files={**plan.files, "README.md": card.encode()})
 
 
-def say_what_changes(plan: Plan, asked: Target, remote: Remote | None) -> None:
+def say_what_changes(plan: Plan, target: Target, remote: Remote | None) -> None:
     """What the plan could not know before it had asked the Hub."""
     lines = []
     if remote is None:
-        lines.append(f"Hub       no {asked.repo_id} yet: it is made now")
+        lines.append(f"Hub       no {target.repo_id} yet: it is made now")
     elif remote.head is None:
-        lines.append(f"Hub       {asked.repo_id} has no branch {asked.revision} yet: it is made now, from main")
+        lines.append(f"Hub       {target.repo_id} has no branch {target.revision} yet: it is made now, from main")
     else:
         others = sorted(remote.oids.keys() - plan.files.keys())
         left = f"; left as they are: {', '.join(others)}" if others else ""
-        lines.append(f"Hub       {asked.repo_id} at {remote.head}{left}")
-    if asked.base_commit is None:
-        lines.append(f"base      {asked.base} at {plan.target.base_commit}")
+        lines.append(f"Hub       {target.repo_id} at {remote.head}{left}")
+    if target.base_commit is None:
+        lines.append(f"base      {target.base} at {plan.target.base_commit}")
     if remote is None or not remote.holds(plan.files):
-        changed = ("adapter_config.json", "README.md") if asked.base_commit is None else ("README.md",)
+        changed = ("adapter_config.json", "README.md") if target.base_commit is None else ("README.md",)
         for name in changed:
             lines.append(f"send      {name}: {len(plan.files[name]):,} bytes, sha256 {sha256(plan.files[name])}")
     print("\n".join(lines), file=sys.stderr, flush=True)
@@ -161,10 +161,10 @@ def verify(hub: Hub, plan: Plan, sent: Sent, folder: Path) -> Path:
     there = folder
     for name, content in plan.files.items():
         path = fetch(hub, target.repo_id, name, sent.commit, folder)
-        found = path.read_bytes() if path else None
+        downloaded = path.read_bytes() if path else None
         there = path.parent if path else there
-        if found != content:
-            served = "no such file" if found is None else f"sha256 {sha256(found)}"
+        if downloaded != content:
+            served = "no such file" if downloaded is None else f"sha256 {sha256(downloaded)}"
             raise HubError(f"{here}: {name} is served as {served}, expected {sha256(content)}; do not use this commit")
     config = with_retries(
         hub,

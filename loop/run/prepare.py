@@ -38,7 +38,7 @@ class Run:
     """Everything that a step needs. Equal on every process but for the process's share of `steps`."""
 
     config: Config
-    asked: Config  # as given; `config` has the commits and, after the rehearsal, the number that `auto` stands for
+    requested: Config  # as given; `config` has the commits and, after the rehearsal, the number that `auto` stands for
     accelerator: Accelerator
     tokenizer: PreTrainedTokenizerBase
     data: Data
@@ -50,8 +50,8 @@ class Run:
     steps: Steps
     identity: dict[str, Any]
     """What may not change in a resume; its sha256 is the ledger's first `prev`."""
-    layout: dict[str, tuple[torch.Size, torch.dtype]]  # of the frozen tensors
-    packing: str  # how, in words
+    frozen: dict[str, tuple[torch.Size, torch.dtype]]  # shape and dtype of every tensor that may not change
+    packing: str  # how rows are laid out, in words
     environment: dict[str, Any]
     """What may, and then is not bit-exact: versions, processes, threads, device, the cut. As they were at the start."""
 
@@ -77,14 +77,9 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
         prepare_folder(Path(config.output_dir) / "checkpoints")
     if not sys.stderr.isatty() or not accelerator.is_main_process:
         disable_progress_bar()
-    asked, precision = config, accelerator.mixed_precision
-    config = replace(config, dtype=config.dtype or base_dtype(accelerator.device, precision))
-    if precision != "fp16" and config.dtype == "float16":
-        raise ConfigError("dtype: float16 needs mixed_precision: fp16, as in launch_configs/one_gpu_fp16.yaml")
-    # From here on the commits, not the branches, so that all files are of one state and config.yaml names it.
-    config = replace(config, model_revision=base_commit(config) or config.model_revision)
+    requested, config = config, _with_dtype_and_commit(config, accelerator)
     tokenizer = load_tokenizer(config)
-    with accelerator.main_process_first():  # one process tokenises, the others read its cache
+    with accelerator.main_process_first():  # one process tokenizes, the others read its cache
         data = load_data(config, tokenizer)
     config = replace(config, dataset_revision=data.commit or config.dataset_revision)
     if config.micro_batch_tokens != "auto" and data.longest > config.micro_batch_tokens:
@@ -96,32 +91,64 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
     parameters = adapter_parameters(model)
     identity = _identity(config, accelerator, data, model)
     identity |= {"own_logits": loss.own_logits, "padding_free": loss.padding_free}
-    env = {**environment(accelerator), **config.knobs("announced")}
-    knobs = {**config.knobs("announced", "free"), "output_dir": None}
-    facts = {"identity": identity, "knobs": knobs, "device": env["device"]}
-    facts["versions"] = [env["versions"], env["source_sha256"]]
-    compare_processes(accelerator, {**facts, "adapter at the start": sha256(serialize(dict(parameters)))})
-    positions = num_positions(len(data.train), config.num_train_epochs, config.max_steps, config.global_batch_size)
-    steps = Steps(
-        examples=data.train,
-        positions=positions,
-        global_batch_size=config.global_batch_size,
-        micro_batch_tokens=0 if config.micro_batch_tokens == "auto" else config.micro_batch_tokens,
-        seed=config.seed,
-        padding_free=loss.padding_free,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
-    optimizer = adamw(parameters.values(), config)
-    scale = LossScale(True, START) if precision == "fp16" else LossScale(False)
-    layout = frozen_tensors(model)
+    announced = {**environment(accelerator), **config.knobs("announced")}
+    _compare_starts(accelerator, config, identity, announced, parameters)
     run = Run(
-        config, asked, accelerator, tokenizer, data, model, loss, scale, parameters, optimizer, steps,
-        identity, layout, packing, env,
-    )  # fmt: skip
+        config=config,
+        requested=requested,
+        accelerator=accelerator,
+        tokenizer=tokenizer,
+        data=data,
+        model=model,
+        loss=loss,
+        loss_scale=LossScale(True, START) if accelerator.mixed_precision == "fp16" else LossScale(False),
+        parameters=parameters,
+        optimizer=adamw(parameters.values(), config),
+        steps=_steps(config, data, loss.padding_free, accelerator),
+        identity=identity,
+        frozen=frozen_tensors(model),
+        packing=packing,
+        environment=announced,
+    )
     if warmup(config, run.num_steps) > run.num_steps:
         raise ConfigError(f"warmup_steps: {config.warmup_steps:g} is longer than the run of {run.num_steps} steps")
     return run
+
+
+def _with_dtype_and_commit(config: Config, accelerator: Accelerator) -> Config:
+    """The config with the base's dtype and its commit on the Hub, so that all files are of one state and named."""
+    precision = accelerator.mixed_precision
+    config = replace(config, dtype=config.dtype or base_dtype(accelerator.device, precision))
+    if precision != "fp16" and config.dtype == "float16":
+        raise ConfigError("dtype: float16 needs mixed_precision: fp16, as in launch_configs/one_gpu_fp16.yaml")
+    return replace(config, model_revision=base_commit(config) or config.model_revision)
+
+
+def _steps(config: Config, data: Data, padding_free: bool, accelerator: Accelerator) -> Steps:
+    return Steps(
+        examples=data.train,
+        positions=num_positions(len(data.train), config.num_train_epochs, config.max_steps, config.global_batch_size),
+        global_batch_size=config.global_batch_size,
+        micro_batch_tokens=0 if config.micro_batch_tokens == "auto" else config.micro_batch_tokens,
+        seed=config.seed,
+        padding_free=padding_free,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+
+
+def _compare_starts(
+    accelerator: Accelerator,
+    config: Config,
+    identity: dict[str, Any],
+    announced: dict[str, Any],
+    parameters: dict[str, nn.Parameter],
+) -> None:
+    """All that has to be the same on every process before step 0. Raises: LoopError, on every process alike."""
+    knobs = {**config.knobs("announced", "free"), "output_dir": None}
+    facts = {"identity": identity, "knobs": knobs, "device": announced["device"]}
+    facts["versions"] = [announced["versions"], announced["source_sha256"]]
+    compare_processes(accelerator, {**facts, "adapter at the start": sha256(serialize(dict(parameters)))})
 
 
 def _prepare_loss(accelerator: Accelerator, config: Config, model: PeftModel, data: Data) -> tuple[SummedLoss, str]:
@@ -182,9 +209,11 @@ def run_facts(run: Run) -> dict[str, Any]:
     }
 
 
-def unpinned(asked: Config, used: Config) -> list[str]:
+def unpinned(requested: Config, used: Config) -> list[str]:
     """A notice for a base or dataset of the Hub that was asked for by a name which may mean another commit tomorrow."""
-    revisions = [(knob, getattr(asked, knob), getattr(used, knob)) for knob in ("model_revision", "dataset_revision")]
+    revisions = [
+        (knob, getattr(requested, knob), getattr(used, knob)) for knob in ("model_revision", "dataset_revision")
+    ]
     return [
         f"not pinned: {knob} {name or 'main'} is commit {commit} today; write {knob}: {commit} to repeat this run"
         for knob, name, commit in revisions
@@ -233,8 +262,8 @@ def compare_processes(accelerator: Accelerator, facts: dict[str, Any]) -> None:
     """One gather: do all processes agree on these? Raises: LoopError, on every process alike."""
     digests = [list(bytes.fromhex(sha256(canonical_json(fact)))) for fact in facts.values()]
     gathered = accelerator.gather(torch.tensor([digests], device=accelerator.device))  # (processes, facts, 32 bytes)
-    for process, found in enumerate(gathered):
-        for name, mine, first in zip(facts, found, gathered[0]):
+    for process, digests in enumerate(gathered):
+        for name, mine, first in zip(facts, digests, gathered[0]):
             if not torch.equal(mine, first):
                 raise LoopError(f"process {process} differs from process 0 in its {name}; all must have the same")
 

@@ -52,8 +52,8 @@ class Record:
     def evaluation(self, updates: int, eval_loss: float, target_tokens: int) -> None:
         """The held-out loss after `updates` updates; 0 is the untouched base."""
         self.ledger.append({"step": updates, "eval_loss": eval_loss, "eval_target_tokens": target_tokens})
-        found = f"loss {eval_loss:.4f} nats a target token, perplexity {perplexity(eval_loss):,.1f}"
-        tqdm.write(f"held out after {updates} steps: {found} ({target_tokens:,} targets)")
+        measured = f"loss {eval_loss:.4f} nats a target token, perplexity {perplexity(eval_loss):,.1f}"
+        tqdm.write(f"held out after {updates} steps: {measured} ({target_tokens:,} targets)")
         self.pause()
 
     def pause(self) -> None:

@@ -25,9 +25,9 @@ def rehearse(run: Run, checkpoint: Checkpoint | None) -> Run:
     Raises: LoopError by the tensor's name; whatever the largest micro-batches raise."""
     if run.config.micro_batch_tokens == "auto":
         before = checkpoint.environment.get("micro_batch_tokens") if checkpoint else None
-        found: dict[str, Any] = {"micro_batch_tokens": largest_that_fits(run, before)}
-        config, steps = dataclasses.replace(run.config, **found), dataclasses.replace(run.steps, **found)
-        run = dataclasses.replace(run, config=config, steps=steps, environment={**run.environment, **found})
+        fitting: dict[str, Any] = {"micro_batch_tokens": largest_that_fits(run, before)}
+        config, steps = dataclasses.replace(run.config, **fitting), dataclasses.replace(run.steps, **fitting)
+        run = dataclasses.replace(run, config=config, steps=steps, environment={**run.environment, **fitting})
     else:
         forward_and_backward(run, run.steps.micro_batch_tokens)
     return run

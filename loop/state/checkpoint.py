@@ -80,9 +80,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if path.is_symlink() or not path.is_dir():
         raise CheckpointError(f"{path}: found no folder, expected a checkpoint")
     manifest = _read_manifest(path)
-    odd = {entry.name for entry in path.iterdir()} ^ {*FILES, "manifest.json"}
-    if odd:
-        raise CheckpointError(f"{path}: missing or unexpected: {', '.join(sorted(odd))}")
+    unexpected = {entry.name for entry in path.iterdir()} ^ {*FILES, "manifest.json"}
+    if unexpected:
+        raise CheckpointError(f"{path}: missing or unexpected: {', '.join(sorted(unexpected))}")
     contents = {name: _read_proven(path / name, manifest["files"][name]) for name in FILES}
     state = read_canonical_json(contents["state.json"], path / "state.json")
     identity, environment = state.get("identity"), state.get("environment")
@@ -159,6 +159,6 @@ def _read_proven(path: Path, expected: dict[str, Any]) -> bytes:
     """A file's content, if it has the size and the hash that the manifest states."""
     content = read_regular_file(path, expected["bytes"])
     if sha256(content) != expected["sha256"]:
-        found = f"{sha256(content)[:12]} of {len(content)} bytes"
-        raise CheckpointError(f"{path}: sha256 {found}, the manifest says {expected['sha256'][:12]}")
+        actual = f"{sha256(content)[:12]} of {len(content)} bytes"
+        raise CheckpointError(f"{path}: sha256 {actual}, the manifest says {expected['sha256'][:12]}")
     return content

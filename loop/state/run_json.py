@@ -99,13 +99,13 @@ def parse_run_json(content: bytes, name: Path) -> dict[str, Any]:
     try:
         _SCHEMA.validate_json(content, strict=True)
     except ValidationError as error:
-        places = [".".join(str(part) for part in detail["loc"]) for detail in error.errors()]
-        lacking = sorted(place for place, detail in zip(places, error.errors()) if detail["type"] == "missing")
+        keys = [".".join(str(part) for part in detail["loc"]) for detail in error.errors()]
+        lacking = sorted(key for key, detail in zip(keys, error.errors()) if detail["type"] == "missing")
         if lacking:
-            found = f"has no {', '.join(lacking)}; an older version of the loop wrote it"
+            reason = f"has no {', '.join(lacking)}; an older version of the loop wrote it"
         else:
-            found = f"{places[0] or 'the file'}: {error.errors()[0]['msg']}; it was changed since"
-        raise CheckpointError(f"{name}: {found}") from error
+            reason = f"{keys[0] or 'the file'}: {error.errors()[0]['msg']}; it was changed since"
+        raise CheckpointError(f"{name}: {reason}") from error
     return dict(json.loads(content))
 
 

@@ -1,6 +1,5 @@
 """The loss scale of fp16: gradients are computed that many times larger, so that the small ones do not round to 0."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -22,17 +21,20 @@ class LossScale:
     finite_steps: int = 0  # since it last changed
     halvings: int = 0  # of the step that is being repeated
 
-    def accepts(self, norm: float) -> bool:
-        """Is a gradient of this norm to be used? If not, the scale was halved and the step is to be repeated.
+    @property
+    def can_halve(self) -> bool:
+        """Is there a smaller scale to compute this step with once more?"""
+        return self.dynamic and self.halvings < MAX_HALVINGS
 
-        After MAX_HALVINGS the answer is yes whatever the norm: the step refuses what is not finite."""
-        if self.dynamic and not math.isfinite(norm) and self.halvings < MAX_HALVINGS:
-            self.value, self.finite_steps, self.halvings = self.value / 2, 0, self.halvings + 1
-            return False
+    def halve(self) -> None:
+        """Half the scale, for the same step once more."""
+        self.value, self.finite_steps, self.halvings = self.value / 2, 0, self.halvings + 1
+
+    def count_step(self) -> None:
+        """One more step with a finite gradient; after GROW_AFTER of them twice the scale."""
         self.finite_steps, self.halvings = self.finite_steps + 1, 0
         if self.dynamic and self.finite_steps >= GROW_AFTER and self.value < 2.0**127:  # float32 ends there
             self.value, self.finite_steps = self.value * 2, 0
-        return True
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of it, beside the optimizer's moments: nothing unless it is dynamic."""

@@ -78,10 +78,10 @@ def restore_optimizer(
     optimizer.zero_grad(set_to_none=True)
     group["lr"] = rate
     made = {name: (tensor.shape, tensor.dtype) for name, tensor in optimizer_tensors(optimizer, parameters).items()}
-    found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-    odd = sorted(name for name in {*made, *found} if made.get(name) != found.get(name))
-    if odd:
-        raise CheckpointError(f"optimizer.safetensors: missing, unexpected or of another shape: {odd[:3]}")
+    saved_shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    mismatched = sorted(name for name in {*made, *saved_shapes} if made.get(name) != saved_shapes.get(name))
+    if mismatched:
+        raise CheckpointError(f"optimizer.safetensors: missing, unexpected or of another shape: {mismatched[:3]}")
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]
         for key in [key for key in state if f"{name}.{key}" in tensors]:

@@ -51,7 +51,7 @@ def refusal(argv: list[str], num_processes: int = 1) -> list[str]:
 def test_a_flag_wins_over_the_file_and_the_file_over_the_default(recipe: Recipe) -> None:
     command = parse_command_line([*recipe("seed: 1\nlora_r: 4\n"), "--seed=2"])
     assert (command.config.seed, command.config.lora_r, command.config.lora_alpha) == (2, 4, 32)
-    sources = {name: command.sources[name] for name in ("seed", "lora_r", "lora_alpha", "output_dir")}
+    sources = {name: command.set_by[name] for name in ("seed", "lora_r", "lora_alpha", "output_dir")}
     assert sources == {"seed": "flag", "lora_r": "file", "lora_alpha": "default", "output_dir": "flag"}
 
 
@@ -95,7 +95,7 @@ def test_none_is_no_value(recipe: Recipe, text: str) -> None:
 def test_none_as_a_flag_takes_back_what_the_file_gives(recipe: Recipe) -> None:
     command = parse_command_line([*recipe("max_steps: 5\n"), "--max_steps=none"])
     assert command.config.max_steps is None
-    assert command.sources["max_steps"] == "flag"
+    assert command.set_by["max_steps"] == "flag"
 
 
 # What is refused, and in which words.
@@ -317,7 +317,7 @@ def test_print_config_prints_what_reads_back_and_starts_nothing(
 
 def test_the_resolved_config_names_each_knob_and_who_set_it(recipe: Recipe) -> None:
     command = parse_command_line([*recipe("seed: 1\n"), "--lora_r=4"])
-    lines = config_yaml(command.config, command.sources).splitlines()
+    lines = config_yaml(command.config, command.set_by).splitlines()
     assert [line.split(":")[0] for line in lines] == list(FIELDS)
     told = {line.split(":")[0]: line.split() for line in lines}
     assert told["seed"] == ["seed:", "1", "#", "file"]
@@ -489,7 +489,7 @@ def test_the_documented_run_is_pinned() -> None:
     }
     command = parse_command_line(["--config=bloom-7b1-quotes"])
     assert {name: getattr(command.config, name) for name in wanted} == wanted
-    assert {command.sources[name] for name in wanted} == {"file"}
+    assert {command.set_by[name] for name in wanted} == {"file"}
 
 
 def test_a_path_that_begins_with_a_dot_is_read_back_from_the_run_as_what_it_was(
@@ -498,7 +498,7 @@ def test_a_path_that_begins_with_a_dot_is_read_back_from_the_run_as_what_it_was(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     command = parse_command_line(["--model_name_or_path=./m", "--dataset_name=../rows.csv", "--output_dir=run"])
-    (tmp_path / "run" / "config.yaml").write_text(config_yaml(command.config, command.sources))
+    (tmp_path / "run" / "config.yaml").write_text(config_yaml(command.config, command.set_by))
     config = parse_command_line(["--config=run/config.yaml"]).config
     assert config.model_name_or_path == f"{tmp_path}/m"
     assert config.dataset_name == f"{tmp_path.parent}/rows.csv"

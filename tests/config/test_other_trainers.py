@@ -92,7 +92,7 @@ def test_an_answer_is_one_line_that_names_only_what_there_is(answer: str) -> Non
     for file in re.findall(r"[\w/]+\.py", answer):
         assert (ROOT / "loop" / file).is_file(), file
     for command in re.findall(r"-m loop\.(\w+)", answer):
-        assert {*(ROOT / "loop").glob(f"{command}*")}, command
+        assert {*(ROOT / "loop").glob(f"{command}.py"), *(ROOT / "loop").glob(f"{command}/__main__.py")}, command
 
 
 THEIRS = {"mixed_precision", "eval_loss", "target_tokens", "padded_tokens", "peak_memory_bytes"}

@@ -109,9 +109,9 @@ def test_the_config_is_the_runs_with_who_set_each_knob(done: Path) -> None:
     evidence = read_evidence(done)
     assert (evidence.config.lora_r, evidence.config.lora_alpha) == (4, 32)
     assert evidence.config.lora_target_modules == ("all-linear",)
-    assert len(evidence.sources) == len((done / "config.yaml").read_text().splitlines())
+    assert len(evidence.set_by) == len((done / "config.yaml").read_text().splitlines())
     names = ("lora_r", "lora_alpha", "dtype")
-    assert [evidence.sources[name] for name in names] == ["flag", "default", "found"]
+    assert [evidence.set_by[name] for name in names] == ["flag", "default", "found"]
 
 
 @pytest.mark.parametrize("asked", ["adapter", "checkpoints/.."])

@@ -107,18 +107,18 @@ def test_sigusr1_before_the_first_step_is_a_checkpoint_after_it() -> None:
     ],
 )
 def test_what_was_heard_on_any_process_is_asked_of_all(heard: list[float], stop_signal: int, save_now: bool) -> None:
-    assert Signals().asked(heard) == (stop_signal, save_now)
+    assert Signals().take(heard) == (stop_signal, save_now)
 
 
 def test_sigusr1_saves_once_and_a_stop_stays_asked_for() -> None:
     with Signals() as signals:
         signals.defer()
         signal.raise_signal(SIGUSR1)
-        assert signals.asked(signals.flags(CPU).tolist()) == (0, True)
-        assert signals.asked(signals.flags(CPU).tolist()) == (0, False)
+        assert signals.take(signals.flags(CPU).tolist()) == (0, True)
+        assert signals.take(signals.flags(CPU).tolist()) == (0, False)
         signal.raise_signal(SIGTERM)
-        assert signals.asked(signals.flags(CPU).tolist()) == (15, False)
-        assert signals.asked(signals.flags(CPU).tolist()) == (15, False)
+        assert signals.take(signals.flags(CPU).tolist()) == (15, False)
+        assert signals.take(signals.flags(CPU).tolist()) == (15, False)
 
 
 def test_sigusr1_after_the_flags_of_its_step_were_taken_is_heard_in_the_next() -> None:
@@ -126,8 +126,8 @@ def test_sigusr1_after_the_flags_of_its_step_were_taken_is_heard_in_the_next() -
         signals.defer()
         taken = signals.flags(CPU).tolist()
         signal.raise_signal(SIGUSR1)  # while the gradients cross processes and the adapter is updated
-        assert signals.asked(taken) == (0, False)
-        assert signals.asked(signals.flags(CPU).tolist()) == (0, True)
+        assert signals.take(taken) == (0, False)
+        assert signals.take(signals.flags(CPU).tolist()) == (0, True)
 
 
 def test_a_second_sigint_in_a_notebook_ends_the_cell_and_not_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +174,7 @@ def test_a_thread_that_is_not_the_main_one_installs_nothing_and_runs() -> None:
         with Signals() as signals:
             signals.defer()
             found.append([signal.getsignal(number) for number in (SIGHUP, SIGINT, SIGTERM, SIGUSR1)])
-            found.append(signals.asked(signals.flags(CPU).tolist()))
+            found.append(signals.take(signals.flags(CPU).tolist()))
 
     thread = threading.Thread(target=inside)
     thread.start()

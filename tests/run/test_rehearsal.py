@@ -24,7 +24,7 @@ from loop.data.batch import Batch
 from loop.data.examples import Examples
 from loop.data.order import num_steps
 from loop.data.steps import Steps
-from loop.errors import NonFiniteError
+from loop.errors import TrainingStateError
 from loop.model.lora import causal_lm_of
 from loop.process.launch import make_accelerator
 from loop.process.signals import Signals
@@ -223,7 +223,7 @@ def test_a_tensor_that_gets_no_gradient_is_found_before_step_0_by_its_name(confi
     cut_off = causal_lm_of(used.model).transformer.h[1].mlp.dense_h_to_4h.lora_B["default"]
     cut_off.register_forward_hook(lambda *arguments: arguments[-1].detach())
     named = r"^base_model\.model\.transformer\.h\.1\.mlp\.dense_h_to_4h\.lora_A\.weight: is trained but got no gradient"
-    with pytest.raises(NonFiniteError, match=named):
+    with pytest.raises(TrainingStateError, match=named):
         rehearse(used, None)
 
 

@@ -40,35 +40,42 @@ WILD = {"lora_alpha": 16384, "learning_rate": 1e-6, "lora_dropout": 0.1}
 
 
 @pytest.mark.parametrize(
-    ("scale", "norm", "accepted", "after"),
+    ("scale", "finite", "after"),
     [
         # (value, finite_steps, halvings) before and after, by hand
-        ((65536.0, 0, 0), 1.5, True, (65536.0, 1, 0)),
-        ((65536.0, 7, 0), math.inf, False, (32768.0, 0, 1)),
-        ((65536.0, 7, 0), math.nan, False, (32768.0, 0, 1)),
-        ((32768.0, 0, 1), math.inf, False, (16384.0, 0, 2)),
-        ((16384.0, 0, 2), 1.5, True, (16384.0, 1, 0)),
-        ((65536.0, 1998, 0), 0.0, True, (65536.0, 1999, 0)),
-        ((65536.0, 1999, 0), 1.5, True, (131072.0, 0, 0)),
-        ((65536.0, 1999, 0), math.inf, False, (32768.0, 0, 1)),
-        ((1.0, 0, 19), math.nan, False, (0.5, 0, 20)),
-        ((0.5, 0, 20), math.nan, True, (0.5, 1, 0)),  # given up: what the step makes of it is its own
+        ((65536.0, 0, 0), True, (65536.0, 1, 0)),
+        ((65536.0, 7, 0), False, (32768.0, 0, 1)),
+        ((32768.0, 0, 1), False, (16384.0, 0, 2)),
+        ((16384.0, 0, 2), True, (16384.0, 1, 0)),
+        ((65536.0, 1998, 0), True, (65536.0, 1999, 0)),
+        ((65536.0, 1999, 0), True, (131072.0, 0, 0)),
+        ((65536.0, 1999, 0), False, (32768.0, 0, 1)),
+        ((1.0, 0, 19), False, (0.5, 0, 20)),
     ],
 )
-def test_what_a_dynamic_scale_makes_of_a_norm(
-    scale: tuple[float, int, int], norm: float, accepted: bool, after: tuple[float, int, int]
+def test_a_finite_gradient_counts_and_another_halves(
+    scale: tuple[float, int, int], finite: bool, after: tuple[float, int, int]
 ) -> None:
-    found = LossScale(True, *scale)
-    assert found.accepts(norm) is accepted
-    assert (found.value, found.finite_steps, found.halvings) == after
+    changed = LossScale(True, *scale)
+    assert changed.can_halve
+    changed.count_step() if finite else changed.halve()
+    assert (changed.value, changed.finite_steps, changed.halvings) == after
 
 
-@pytest.mark.parametrize("norm", [0.0, 1.5, math.inf, math.nan])
-def test_a_static_scale_stays_and_repeats_nothing(norm: float) -> None:
-    found = LossScale(False)
-    assert [found.accepts(norm) for _ in range(4001)] == [True] * 4001
-    assert found.value == 1.0
-    assert found.tensors() == {}
+def test_the_twentieth_halving_of_a_step_is_the_last() -> None:
+    given_up = LossScale(True, 0.5, 0, 20)
+    assert not given_up.can_halve
+    given_up.count_step()
+    assert given_up.can_halve
+
+
+def test_a_static_scale_stays_and_repeats_nothing() -> None:
+    static = LossScale(False)
+    for _ in range(4001):
+        assert not static.can_halve
+        static.count_step()
+    assert static.value == 1.0
+    assert static.tensors() == {}
 
 
 def test_fp16_starts_at_65536() -> None:
@@ -94,7 +101,7 @@ def test_the_scale_goes_the_way_of_torchs_grad_scaler() -> None:
         scaler.step(optimizer)
         scaler.update()
         theirs.append(scaler.get_scale())
-        assert ours.accepts(1.0 if finite else math.inf) is finite
+        ours.count_step() if finite else ours.halve()
         found.append(ours.value)
     assert found == theirs
     assert max(found) == 131072.0
