@@ -24,6 +24,7 @@ from loop.config.command_line import CommandParser, underscored
 from loop.data.tokenizer import load_tokenizer, prompt_tokens
 from loop.errors import ConfigError
 from loop.finished.named_model import find_named_model, load_model
+from loop.process.anonymous import anonymous
 
 
 def complete(
@@ -88,6 +89,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     return options
 
 
+@anonymous()
 def main(argv: list[str]) -> None:
     """`python -m loop.generate`: nothing but what was asked for goes to stdout."""
     options = parse_options(argv)

@@ -21,6 +21,7 @@ from loop.data.tokenizer import load_tokenizer
 from loop.errors import ConfigError, EnvironmentFault
 from loop.finished.named_model import NamedModel, find_named_model, load_adapter, load_for_inference, logits
 from loop.model.lora import causal_lm_of
+from loop.process.anonymous import anonymous
 
 SHARD = "5GB"
 """Of the written model; what engines and the Hub's own tools expect."""
@@ -86,6 +87,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args([underscored(word) for word in argv])
 
 
+@anonymous()
 def main(argv: list[str]) -> None:
     """`python -m loop.merge`."""
     options = parse_options(argv)

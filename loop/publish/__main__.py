@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from loop.config.command_line import CommandParser, underscored
 from loop.errors import ConfigError, EnvironmentFault
 from loop.finished.evidence import Evidence, read_evidence
+from loop.process.anonymous import anonymous
 from loop.publish.card import Target
 from loop.publish.plan import Plan, make_plan
 from loop.publish.send import interruptions, publish
@@ -78,6 +79,7 @@ def make_target(options: argparse.Namespace, evidence: Evidence) -> Target:
     )
 
 
+@anonymous()
 def main(argv: list[str]) -> None:
     """`python -m loop.publish`: the plan, and unless it is a dry run what came of it."""
     options = parse_options(argv)
