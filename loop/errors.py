@@ -1,4 +1,5 @@
-"""The ways a run ends early: one exception per exit code, each with a sentence for the user; never a bug of ours."""
+"""The ways a run ends early: one exception per exit code, each with a sentence for the user; never
+a bug of ours."""
 
 
 class LoopError(Exception):
@@ -28,15 +29,18 @@ class HubError(LoopError):
 
 
 class NonFiniteError(LoopError):
-    exit_code = 7  # a loss, gradient or weight is NaN or infinite: this step did not touch the adapter
+    exit_code = (
+        7  # a loss, gradient or weight is NaN or infinite: this step did not touch the adapter
+    )
 
 
 class TrainingStateError(LoopError):
-    exit_code = 7  # a trained tensor without a gradient, a frozen one that changed: going on would be silently wrong
+    exit_code = 7  # a trained tensor without gradient, a frozen one that changed: silently wrong
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the run early, as asked. Like an interruption, no `except Exception` of a library swallows it."""
+    """A signal ended the run early, as asked. Like an interruption, no `except Exception` of a
+    library swallows it."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)

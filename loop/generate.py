@@ -1,10 +1,14 @@
-"""Prompts continued by a run's adapter, a checkpoint's, or a plain model: `python -m loop.generate RUN|MODEL`.
+"""Prompts continued by a run's adapter, a checkpoint's, or a plain model: `python -m loop.generate
+RUN|MODEL`.
 
-Runs on the GPU if torch sees one, else on the CPU, without the autocast of training: the base in the dtype and
-quantisation of the run's config (where it names none, the device's default, which may change a word), LoRA in the
-dtype that it was trained in. What comes out is an impression; the measure of a run is its held-out loss."""
+Runs on the GPU if torch sees one, else on the CPU, without the autocast of training: the base in
+the dtype and quantisation of the run's config (where it names none, the device's default, which may
+change a word), LoRA in the dtype that it was trained in. What comes out is an impression; the
+measure of a run is its held-out loss."""
 
-if __name__ == "__main__":  # what is imported below takes seconds; `start` imports this file by its name
+if (
+    __name__ == "__main__"
+):  # what is imported below takes seconds; `start` imports this file by its name
     from loop.process.command import start
 
     start("loop.generate")
@@ -28,18 +32,34 @@ from loop.process.anonymous import anonymous
 
 
 def complete(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, temperature: float
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
 ) -> dict[str, Any]:
     """One continuation: its text, its number of tokens (with the end-of-text), and what stopped it.
 
     Raises: ConfigError where the model does not have that many positions."""
-    given, eos, pad = prompt_tokens(tokenizer, prompt), tokenizer.eos_token_id, tokenizer.pad_token_id
+    given, eos, pad = (
+        prompt_tokens(tokenizer, prompt),
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    )
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and len(given) + max_new_tokens > context:
         lengths = f"found {len(given)} tokens and --max_new_tokens {max_new_tokens}"
-        raise ConfigError(f"--prompt: {lengths}, the model takes {context} together; shorten one of them")
-    drawn = {"temperature": temperature, "top_k": 0} if temperature > 0 else {}  # the library would draw from 50
-    ends = {"max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": eos if pad is None else pad}
+        raise ConfigError(
+            f"--prompt: {lengths}, the model takes {context} together; shorten one of them"
+        )
+    drawn = (
+        {"temperature": temperature, "top_k": 0} if temperature > 0 else {}
+    )  # the library would draw from 50
+    ends = {
+        "max_new_tokens": max_new_tokens,
+        "eos_token_id": eos,
+        "pad_token_id": eos if pad is None else pad,
+    }
     generation = GenerationConfig(do_sample=temperature > 0, **drawn, **ends)
     inputs = torch.tensor([given], device=model.device)
     tokens = model.generate(  # type: ignore[operator]
@@ -49,7 +69,11 @@ def complete(
     as_text = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     whole, before = (str(tokenizer.decode(part, **as_text)) for part in (tokens, given))
     stopped = "end_of_text" if tokens[-1] == eos else "length"
-    return {"completion": whole[len(before) :], "completion_tokens": len(tokens) - len(given), "stopped": stopped}
+    return {
+        "completion": whole[len(before) :],
+        "completion_tokens": len(tokens) - len(given),
+        "stopped": stopped,
+    }
 
 
 def read_prompts() -> Iterator[str]:
@@ -65,18 +89,37 @@ def read_prompts() -> Iterator[str]:
 
 
 def parse_options(argv: list[str]) -> argparse.Namespace:
-    """Raises: ConfigError that lists every number out of its range; SystemExit(0) after `--help`."""
+    """Raises: ConfigError that lists every number out of its range; SystemExit(0) after
+    `--help`."""
     about = "Continue --prompt, or each line of stdin up to its end or an empty line."
     plain = "Nothing is done against repetition: what repeats itself is the model."
-    parser = CommandParser(prog="loop.generate", description=about, epilog=plain, allow_abbrev=False)
-    parser.add_argument("named", metavar="RUN|MODEL", help="a run, RUN/checkpoints/step-N, a model's folder or Hub id")
-    parser.add_argument("--prompt", metavar="TEXT", help="the text to continue (default: lines of stdin)")
+    parser = CommandParser(
+        prog="loop.generate", description=about, epilog=plain, allow_abbrev=False
+    )
+    parser.add_argument(
+        "named",
+        metavar="RUN|MODEL",
+        help="a run, RUN/checkpoints/step-N, a model's folder or Hub id",
+    )
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="the text to continue (default: lines of stdin)"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=40, metavar="N", help="(default 40)")
     greedy = "0 takes the likeliest token, above 0 draws from all of them (default 0)"
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help=greedy)
-    parser.add_argument("--seed", type=int, default=42, metavar="N", help="of the draws, anew each prompt (default 42)")
-    parser.add_argument("--base", action="store_true", help="without the adapter: what the run started from")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=42,
+        metavar="N",
+        help="of the draws, anew each prompt (default 42)",
+    )
+    parser.add_argument(
+        "--base", action="store_true", help="without the adapter: what the run started from"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object a line instead of text"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args([underscored(word) for word in argv])
     wrong = [
@@ -100,10 +143,25 @@ def main(argv: list[str]) -> None:
     if options.prompt is not None:
         prompt_tokens(tokenizer, options.prompt)  # refused now, not after the base has been loaded
     model = load_model(named)
-    shared = {"model": named.config.model_name_or_path, "adapter": named.adapter and str(named.adapter)}
+    shared = {
+        "model": named.config.model_name_or_path,
+        "adapter": named.adapter and str(named.adapter),
+    }
     shared |= {"adapter_sha256": named.adapter_sha256, "seed": options.seed}
     numbers = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
     for prompt in read_prompts() if options.prompt is None else [options.prompt]:
         torch.manual_seed(options.seed)  # anew, so that no answer depends on those before it
-        answer = {"prompt": prompt, **complete(model, tokenizer, prompt, **numbers), **shared, **numbers}
-        print(json.dumps(answer, ensure_ascii=False) if options.json else prompt + answer["completion"], flush=True)
+        answer = {
+            "prompt": prompt,
+            **complete(model, tokenizer, prompt, **numbers),
+            **shared,
+            **numbers,
+        }
+        print(
+            (
+                json.dumps(answer, ensure_ascii=False)
+                if options.json
+                else prompt + answer["completion"]
+            ),
+            flush=True,
+        )

@@ -1,6 +1,8 @@
 """main -> train -> optimizer_step: the only file with control flow over steps."""
 
-if __name__ == "__main__":  # what is imported below takes seconds; `start` imports this file by its name
+if (
+    __name__ == "__main__"
+):  # what is imported below takes seconds; `start` imports this file by its name
     from loop.process.command import start
 
     start("loop.train")
@@ -51,77 +53,88 @@ def optimizer_step(run: Run, step: Step, rate: float, signals: Signals) -> Updat
     """One update of the adapter.
 
     Raises: NonFiniteError on every process alike, before the adapter or the moments have moved."""
-    # 1. The divisor first: the targets of the whole step, counted before any forward, equal on every process.
+    accelerator, config = run.accelerator, run.config
+    # 1. The divisor first: targets of the whole step over all processes, known before any forward.
     scale = 1.0 / step.target_tokens
 
     while True:
-        # 2. Accumulate the gradient of the mean, then sum it over processes, and with it the loss and the signals.
+        # 2. Accumulate the gradient of the mean; sum it over processes in one call, with the loss.
         run.optimizer.zero_grad(set_to_none=True)
         losses = []
         for k, batch in step.micro_batches:
-            seed_dropout(run.config.seed, step.step, k)
-            loss_sum = run.loss(batch.to(run.accelerator.device))
-            run.accelerator.backward(loss_sum * (scale * run.loss_scale.value))
+            seed_dropout(config.seed, step.step, k)
+            loss_sum = run.loss(batch.to(accelerator.device))
+            accelerator.backward(loss_sum * (scale * run.loss_scale.value))
             losses.append(loss_sum.detach() * scale)
-        extra = torch.cat([torch.stack(losses).sum().view(1), signals.flags(run.accelerator.device)])
-        flat = run.accelerator.reduce(torch.cat([*gradients(run.parameters), extra]), "sum")  # the one collective
-        gradient = flat[: -len(extra)] / run.loss_scale.value
+        behind = torch.cat([torch.stack(losses).sum().view(1), signals.flags(accelerator.device)])
+        summed = accelerator.reduce(torch.cat([*gradients(run.parameters), behind]), "sum")
+        gradient = summed[: -len(behind)] / run.loss_scale.value
         grad_norm = torch.linalg.vector_norm(gradient)
-        norm, loss, *heard = torch.cat([grad_norm.view(1), flat[-len(extra) :]]).tolist()  # the one sync
+        numbers = torch.cat([grad_norm.view(1), summed[-len(behind) :]])
+        norm, loss, *heard = numbers.tolist()  # the one sync
         overflowed = math.isfinite(loss) and not math.isfinite(norm)
         if not overflowed or not run.loss_scale.can_halve:
             break
-        run.loss_scale.halve()  # fp16 alone: once more, same rows, same dropout, same rate; no step is ever skipped
+        run.loss_scale.halve()  # fp16: once more, same rows, dropout and rate; nothing is skipped
 
     # 3. Update: refuse what is not finite before anything moves; clip; step.
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise NonFiniteError(_not_finite(step, loss, norm))
     run.loss_scale.count_step()
-    set_gradients(run.parameters, gradient)
-    if run.config.max_grad_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(run.parameters.values(), run.config.max_grad_norm, grad_norm)
+    trained = set_gradients(run.parameters, gradient)
+    if config.max_grad_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(trained, config.max_grad_norm, grad_norm)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     run.optimizer.step()
 
-    # 4. Report what was optimized: the loss over all processes' targets, not one process's sample of it.
+    # 4. Report what was optimized: the loss over the targets of all processes.
     return Update(loss, norm, heard)
 
 
 def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
     """Which units are dropped is a function of these three, so nothing of it needs saving."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, micro_batch)).generate_state(1, np.uint64)[0]))
+    torch.manual_seed(
+        int(np.random.SeedSequence((seed, step, micro_batch)).generate_state(1, np.uint64)[0])
+    )
 
 
-def set_gradients(parameters: dict[str, nn.Parameter], flat: Tensor) -> None:
-    """Give each tensor its part of the summed gradient, as a view of it: nothing is copied."""
+def set_gradients(parameters: dict[str, nn.Parameter], flat: Tensor) -> list[nn.Parameter]:
+    """Give each tensor its part of the summed gradient, as a view of it; returns the tensors."""
     sizes = [parameter.numel() for parameter in parameters.values()]
     for parameter, part in zip(parameters.values(), flat.split(sizes)):
         parameter.grad = part.view_as(parameter)
+    return list(parameters.values())
 
 
 def _not_finite(step: Step, loss: float, norm: float) -> str:
     return (
-        f"step {step.step}: loss {loss}, gradient norm {norm}, rows {step.rows}: the adapter was not touched and the "
-        "last checkpoint is intact; look at these rows, or lower learning_rate in another output_dir"
+        f"step {step.step}: loss {loss}, gradient norm {norm}, rows {step.rows}: the adapter was"
+        " not touched and the last checkpoint is intact; look at these rows, or lower"
+        " learning_rate in another output_dir"
     )
 
 
 def train(config: Config, set_by: dict[str, str] | None = None) -> Result:
     """Train to the end (or `stop_after_steps`), from the newest checkpoint if there is one.
 
-    `set_by` says of each knob who set it, for `config.yaml`. Raises: any LoopError; whatever was saved before stays
-    valid. Stopped, after saving, where a signal ended it."""
+    `set_by` says of each knob who set it, for `config.yaml`. Raises: any LoopError; whatever was
+    saved before stays valid. Stopped, after saving, where a signal ended it."""
     accelerator = make_accelerator(config)
     lock = lock_folder(Path(config.output_dir)) if accelerator.is_main_process else nullcontext()
     with Signals() as signals, anonymous(), lock as notice:
-        return train_run(prepare_run(config, accelerator), signals, set_by or {}, [notice] if notice else [])
+        return train_run(
+            prepare_run(config, accelerator), signals, set_by or {}, [notice] if notice else []
+        )
 
 
 def train_run(run: Run, signals: Signals, set_by: dict[str, str], notices: list[str]) -> Result:
-    """The loop over steps. What is not guarded by `record` is done by all processes, collectives included."""
+    """The loop over steps. What is not guarded by `record` is done by all processes, collectives
+    included."""
     config, accelerator = run.config, run.accelerator
-    checkpoint, passed_over = find_checkpoint(run.folder, config.resume_from_checkpoint, run.identity)
+    checkpoint, passed_over = find_checkpoint(
+        run.folder, config.resume_from_checkpoint, run.identity
+    )
     compare_processes(accelerator, {"checkpoint to go on from": checkpoint and checkpoint.step})
     if checkpoint is not None:
         restore(run, checkpoint)
@@ -138,7 +151,9 @@ def train_run(run: Run, signals: Signals, set_by: dict[str, str], notices: list[
         evaluate(run, record, 0)
     signals.defer()
     on_gpu = accelerator.device.type == "cuda"
-    for step in DataLoader(run.steps, sampler=range(first, last), batch_size=None, pin_memory=on_gpu):
+    for step in DataLoader(
+        run.steps, sampler=range(first, last), batch_size=None, pin_memory=on_gpu
+    ):
         rate = learning_rate(step.step, config, run.num_steps)
         update = optimizer_step(run, step, rate, signals)
         done, request = step.step + 1, signals.take(update.signals)
@@ -165,7 +180,8 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
 
 
 def open_record(run: Run, checkpoint: Checkpoint | None, set_by: dict[str, str]) -> Record:
-    """Say what is about to run, write `config.yaml` and this session into `run.json`, and open the ledger."""
+    """Say what is about to run, write `config.yaml` and this session into `run.json`, and open the
+    ledger."""
     first_step = checkpoint.step if checkpoint else 0
     changes = differences(checkpoint.environment, run.environment) if checkpoint else []
     resumed = [f"resume from step {first_step}, {run.folder / 'checkpoints'}"] if checkpoint else []
@@ -174,8 +190,14 @@ def open_record(run: Run, checkpoint: Checkpoint | None, set_by: dict[str, str])
         print(f"not bit-exact from step {first_step}: {change}", flush=True)
     where = {**run.environment, "source_commit": source_commit()}
     open_session(run.folder / "run.json", run_facts(run), where, first_step, changes)
-    resolved = {name: "found" for name in FIELDS if getattr(run.config, name) != getattr(run.requested, name)}
-    replace_file(run.folder / "config.yaml", config_yaml(run.config, {**set_by, **resolved}).encode())
+    resolved = {
+        name: "found"
+        for name in FIELDS
+        if getattr(run.config, name) != getattr(run.requested, name)
+    }
+    replace_file(
+        run.folder / "config.yaml", config_yaml(run.config, {**set_by, **resolved}).encode()
+    )
     start = checkpoint.ledger if checkpoint else LedgerPosition(0, 0, run.identity_sha256)
     return Record(run.folder, start, first_step, run.num_steps, run.config.logging_steps)
 
@@ -183,20 +205,25 @@ def open_record(run: Run, checkpoint: Checkpoint | None, set_by: dict[str, str])
 def evaluate(run: Run, record: Record | None, updates: int) -> None:
     """Take the held-out loss after `updates` updates, on all processes, if rows were held out.
 
-    Raises: TrainingStateError by name if a forward without gradients has changed a frozen tensor, silently."""
+    Raises: TrainingStateError by name if a forward without gradients has changed a frozen tensor,
+    silently."""
     if len(run.data.heldout) > 0:
         loss = heldout_loss(run.accelerator, run.loss, run.data.heldout, run.steps)
         if record is not None:
             record.evaluation(updates, loss, run.data.counts["heldout_target_tokens"])
-    changed = [name for name, tensor in frozen_tensors(run.model).items() if tensor != run.frozen[name]]
+    changed = [
+        name for name, tensor in frozen_tensors(run.model).items() if tensor != run.frozen[name]
+    ]
     if changed:
         raise TrainingStateError(
-            f"{changed[0]}: its shape or dtype changed in a forward; gradients would be wrong or lost"
+            f"{changed[0]}: its shape or dtype changed in a forward; gradients would be wrong or"
+            " lost"
         )
 
 
 def save(run: Run, record: Record, step: int) -> None:
-    """Write the checkpoint after `step` updates, then prune. Main process only; no other waits for its disk."""
+    """Write the checkpoint after `step` updates, then prune. Main process only; no other waits for
+    its disk."""
     checkpoint = Checkpoint(
         step=step,
         identity=run.identity,

@@ -1,14 +1,16 @@
-"""Small models and datasets that every test shares; all offline, in a cache of their own, on one thread."""
+"""Small models and datasets that every test shares; all offline, in a cache of their own, on one
+thread."""
 
 import os
 import tempfile
 
 from tests.loopback_hub import HUB_URL
 
-# Before torch and the Hub's libraries are imported: they read these once. A worker of pytest has a cache of its own,
-# and the runs that it forks share it.
+# Before torch and the Hub's libraries are imported: they read these once. A worker of pytest has a
+# cache of its own, and the runs that it forks share it.
 os.environ.setdefault(
-    "LOOP_TESTS_CACHE_" + os.environ.get("PYTEST_XDIST_WORKER", ""), tempfile.mkdtemp(prefix="loop-tests-")
+    "LOOP_TESTS_CACHE_" + os.environ.get("PYTEST_XDIST_WORKER", ""),
+    tempfile.mkdtemp(prefix="loop-tests-"),
 )
 os.environ.update(
     OMP_NUM_THREADS="1",
@@ -49,16 +51,26 @@ LONGEST = [
 ]
 """Begun first, so that at the end no worker is alone with one of them."""
 
-for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
-    if signal.getsignal(_number) == signal.SIG_IGN:  # behind & or nohup; what the tests launch would inherit it
+for _number, _usual in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if (
+        signal.getsignal(_number) == signal.SIG_IGN
+    ):  # behind & or nohup; what the tests launch would inherit it
         signal.signal(_number, _usual)
 torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts whole runs, so that `pytest -m "not runs"` is the part that answers within a minute."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    """Mark what starts whole runs, so that `pytest -m "not runs"` is the part that answers within a
+    minute."""
+    items.sort(
+        key=lambda item: (
+            LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
+        )
+    )
     for item in items:
         module = item.path.stem
         if (
@@ -70,13 +82,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE of 384 tokens with <unk> 0, <s> 1, </s> 2, <pad> 3, in BLOOM's order; adds none by itself."""
+    """A byte-level BPE of 384 tokens with <unk> 0, <s> 1, </s> 2, <pad> 3, in BLOOM's order; adds
+    none by itself."""
     folder = tmp_path_factory.mktemp("tokenizer")
     bpe = ByteLevelBPETokenizer()
     texts = [json.loads(line)["quote"] for line in QUOTES.read_text(encoding="utf-8").splitlines()]
-    bpe.train_from_iterator(texts, VOCABULARY, show_progress=False, special_tokens=["<unk>", "<s>", "</s>", "<pad>"])
+    bpe.train_from_iterator(
+        texts, VOCABULARY, show_progress=False, special_tokens=["<unk>", "<s>", "</s>", "<pad>"]
+    )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+        tokenizer_object=bpe._tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
     )
     tokenizer.save_pretrained(folder)
     return folder
@@ -107,7 +126,9 @@ def bloom(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> P
 @pytest.fixture(scope="session")
 def other_bloom(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
     """Of the same shape as `bloom`, with other weights."""
-    return _save_model(tmp_path_factory.mktemp("other-bloom"), tokenizer_folder, bloom_config(), seed=1)
+    return _save_model(
+        tmp_path_factory.mktemp("other-bloom"), tokenizer_folder, bloom_config(), seed=1
+    )
 
 
 @pytest.fixture(scope="session")
@@ -130,8 +151,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> P
 
 @pytest.fixture(scope="session")
 def ragged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 rows of 1 to 60 words of the demo's quotes, in a column `text`: lengths far apart, no two alike."""
-    words = " ".join(json.loads(line)["quote"] for line in QUOTES.read_text(encoding="utf-8").splitlines()).split()
+    """40 rows of 1 to 60 words of the demo's quotes, in a column `text`: lengths far apart, no two
+    alike."""
+    words = " ".join(
+        json.loads(line)["quote"] for line in QUOTES.read_text(encoding="utf-8").splitlines()
+    ).split()
     rows = [" ".join(words[37 * i : 37 * i + 1 + (i * 23) % 60]) for i in range(40)]
     path = tmp_path_factory.mktemp("ragged") / "ragged.jsonl"
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
@@ -140,7 +164,8 @@ def ragged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(bloom: Path, ragged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of 6 steps: held-out rows, a sample, checkpoints after 3 and 6. To be copied, not changed."""
+    """A finished run of 6 steps: held-out rows, a sample, checkpoints after 3 and 6. To be copied,
+    not changed."""
     from tests.processes import run  # which imports this file in another process
 
     folder = tmp_path_factory.mktemp("finished")
@@ -165,8 +190,19 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def published_settings(base: Path, rows: Path, output: Path, **changed: Any) -> dict[str, Any]:
     """Knobs of a run that has everything which a card states."""
     usual: dict[str, Any] = {"model_name_or_path": base, "dataset_name": rows, "output_dir": output}
-    usual |= {"max_length": 128, "micro_batch_tokens": 256, "global_batch_size": 8, "max_steps": 6, "lora_r": 4}
-    usual |= {"learning_rate": 1e-2, "eval_fraction": 0.1, "save_steps": 3, "sample_prompt": "A good tool"}
+    usual |= {
+        "max_length": 128,
+        "micro_batch_tokens": 256,
+        "global_batch_size": 8,
+        "max_steps": 6,
+        "lora_r": 4,
+    }
+    usual |= {
+        "learning_rate": 1e-2,
+        "eval_fraction": 0.1,
+        "save_steps": 3,
+        "sample_prompt": "A good tool",
+    }
     return {**usual, **changed}
 
 

@@ -1,7 +1,8 @@
-"""A Hub on loopback: repositories in memory, the requests that the real client makes, and faults by plan.
+"""A Hub on loopback: repositories in memory, the requests that the real client makes, and faults by
+plan.
 
-Standard library only. It answers what `huggingface_hub`, `transformers`, `peft` and `datasets` ask for over plain http;
-large files go by LFS (`HF_HUB_DISABLE_XET=1`)."""
+Standard library only. It answers what `huggingface_hub`, `transformers`, `peft` and `datasets` ask
+for over plain http; large files go by LFS (`HF_HUB_DISABLE_XET=1`)."""
 
 import atexit
 import base64
@@ -21,14 +22,17 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 LARGE = (".safetensors", ".bin", ".parquet", ".model")
 _KEY = "LOOP_TESTS_HUB_" + os.environ.get("PYTEST_XDIST_WORKER", "")
-if _KEY not in os.environ:  # what a worker of pytest starts has its port, the worker has one of its own
+if (
+    _KEY not in os.environ
+):  # what a worker of pytest starts has its port, the worker has one of its own
     _held = socket.socket()  # bound, so that nobody else is given its port, and never listened on
     _held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     _held.bind(("127.0.0.1", 0))
     os.environ[_KEY] = str(_held.getsockname()[1])
     atexit.register(_held.close)
 HUB_URL = f"http://127.0.0.1:{os.environ[_KEY]}"
-"""The Hub of every test of this worker: libraries read their endpoint once, when they are imported."""
+"""The Hub of every test of this worker: libraries read their endpoint once, when they are
+imported."""
 Reply = tuple[int, dict[str, str], bytes]
 
 
@@ -36,7 +40,12 @@ class Refused(Exception):
     """An answer that is not 200."""
 
     def __init__(
-        self, status: int, code: str = "", message: str = "", body: bytes | None = None, **headers: str
+        self,
+        status: int,
+        code: str = "",
+        message: str = "",
+        body: bytes | None = None,
+        **headers: str,
     ) -> None:
         super().__init__(status, code, message)
         headers = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -58,7 +67,9 @@ class Fault:
     status: int = 0  # answer this, and do nothing
     headers: dict[str, str] = field(default_factory=dict)
     message: str = ""
-    drop: int | None = None  # close the connection after so many bytes of the request's body, and do nothing
+    drop: int | None = (
+        None  # close the connection after so many bytes of the request's body, and do nothing
+    )
     lose: bool = False  # do it, then close the connection in the place of the answer
     delay: float = 0.0  # seconds before it is done
     body: bytes | None = None  # answer this, with the status or 200, and do nothing
@@ -70,7 +81,8 @@ class Fault:
 
 @dataclass
 class Repository:
-    """Its states by commit, each a whole tree; branches, tags and pull requests are names of them."""
+    """Its states by commit, each a whole tree; branches, tags and pull requests are names of
+    them."""
 
     private: bool = False
     gated: bool = False
@@ -111,7 +123,8 @@ class Repository:
 
 
 class Hub(ThreadingHTTPServer):
-    """Users by token, repositories by kind and id, every request that came, and the faults that are still to come."""
+    """Users by token, repositories by kind and id, every request that came, and the faults that are
+    still to come."""
 
     daemon_threads = True
     allow_reuse_address = True
@@ -122,7 +135,9 @@ class Hub(ThreadingHTTPServer):
         self.models: dict[str, Repository] = {}
         self.datasets: dict[str, Repository] = {}
         self.large: dict[str, bytes] = {}
-        self.requests: list[tuple[str, str, str | None]] = []  # method, path with query, Authorization
+        self.requests: list[
+            tuple[str, str, str | None]
+        ] = []  # method, path with query, Authorization
         self.faults: list[Fault] = []
 
     def asked(self, method: str, path: str) -> int:
@@ -131,7 +146,9 @@ class Hub(ThreadingHTTPServer):
 
     def put_model(self, name: str, folder: Path, **how: bool) -> Repository:
         self.models[name] = Repository(**how)
-        self.models[name].add({file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()})
+        self.models[name].add(
+            {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+        )
         return self.models[name]
 
     def put_dataset(self, name: str, files: dict[str, bytes]) -> Repository:
@@ -141,7 +158,9 @@ class Hub(ThreadingHTTPServer):
 
     # What it answers. `user` is None for who gave no token.
 
-    def answer(self, method: str, path: str, query: dict[str, list[str]], body: bytes, token: str | None) -> Reply:
+    def answer(
+        self, method: str, path: str, query: dict[str, list[str]], body: bytes, token: str | None
+    ) -> Reply:
         """Raises: Refused."""
         user = None if token is None else self.users.get(token)
         if token is not None and user is None and not path.startswith("/lfs/"):
@@ -150,7 +169,9 @@ class Hub(ThreadingHTTPServer):
             for pattern, name in routes.items() if kind == method else ():
                 match = re.fullmatch(pattern, path)
                 if match:
-                    given = {key: unquote(value) for key, value in match.groupdict(default="").items()}
+                    given = {
+                        key: unquote(value) for key, value in match.groupdict(default="").items()
+                    }
                     reply: Reply = getattr(self, name)(user=user, query=query, body=body, **given)
                     return reply
         raise Refused(404, "", f"nothing at {method} {path}")
@@ -165,7 +186,12 @@ class Hub(ThreadingHTTPServer):
         if user is None:
             raise Refused(401, "", "Invalid username or password.")
         return _json(
-            {"name": user["name"], "type": "user", "orgs": [], "auth": {"accessToken": {"role": user["role"]}}}
+            {
+                "name": user["name"],
+                "type": "user",
+                "orgs": [],
+                "auth": {"accessToken": {"role": user["role"]}},
+            }
         )
 
     def create(self, user: dict[str, Any] | None, body: bytes, **_: Any) -> Reply:
@@ -173,18 +199,28 @@ class Hub(ThreadingHTTPServer):
         owner = asked.get("organization") or (user or {}).get("name")
         name = f"{owner}/{asked['name']}"
         if user is None or user["role"] == "read" or not may_write(user, name):
-            raise Refused(403, "", f"You don't have the rights to create a model under the namespace {owner!r}.")
+            raise Refused(
+                403,
+                "",
+                f"You don't have the rights to create a model under the namespace {owner!r}.",
+            )
         if name in self.models:
             return (
                 409,
                 {},
-                json.dumps({"error": "You already created this model repo", "url": f"{HUB_URL}/{name}"}).encode(),
+                json.dumps(
+                    {"error": "You already created this model repo", "url": f"{HUB_URL}/{name}"}
+                ).encode(),
             )
         self.models[name] = Repository(private=asked.get("visibility") == "private")
-        self.models[name].add({".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
+        self.models[name].add(
+            {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}
+        )
         return _json({"url": f"{HUB_URL}/{name}"})
 
-    def info(self, user: dict[str, Any] | None, kind: str, name: str, revision: str, **_: Any) -> Reply:
+    def info(
+        self, user: dict[str, Any] | None, kind: str, name: str, revision: str, **_: Any
+    ) -> Reply:
         repository = self.find(kind, name, user)
         commit = repository.resolve(revision or "main")
         about = {
@@ -193,21 +229,45 @@ class Hub(ThreadingHTTPServer):
             "private": repository.private,
             "gated": "auto" if repository.gated else False,
         }
-        siblings = [{"rfilename": path, **_blob(path, content)} for path, content in repository.trees[commit].items()]
+        siblings = [
+            {"rfilename": path, **_blob(path, content)}
+            for path, content in repository.trees[commit].items()
+        ]
         about |= {"disabled": repository.disabled, "siblings": siblings, "tags": [], "downloads": 0}
-        about |= {"createdAt": "2026-01-01T00:00:00.000Z", "lastModified": "2026-01-01T00:00:00.000Z"}
+        about |= {
+            "createdAt": "2026-01-01T00:00:00.000Z",
+            "lastModified": "2026-01-01T00:00:00.000Z",
+        }
         return _json(about)
 
-    def tree(self, user: dict[str, Any] | None, kind: str, name: str, revision: str, folder: str, **_: Any) -> Reply:
+    def tree(
+        self,
+        user: dict[str, Any] | None,
+        kind: str,
+        name: str,
+        revision: str,
+        folder: str,
+        **_: Any,
+    ) -> Reply:
         repository = self.find(kind, name, user)
         files = repository.trees[repository.resolve(revision)]
-        inside = {path: content for path, content in files.items() if not folder or path.startswith(folder + "/")}
+        inside = {
+            path: content
+            for path, content in files.items()
+            if not folder or path.startswith(folder + "/")
+        }
         if folder and not inside:
             raise Refused(404, "EntryNotFound", f"{folder} does not exist")
         return _json([_entry(path, content) for path, content in inside.items()])
 
     def paths_info(
-        self, user: dict[str, Any] | None, kind: str, name: str, revision: str, body: bytes, **_: Any
+        self,
+        user: dict[str, Any] | None,
+        kind: str,
+        name: str,
+        revision: str,
+        body: bytes,
+        **_: Any,
     ) -> Reply:
         repository = self.find(kind, name, user)
         files = repository.trees[repository.resolve(revision)]
@@ -216,14 +276,22 @@ class Hub(ThreadingHTTPServer):
 
     def refs(self, user: dict[str, Any] | None, kind: str, name: str, **_: Any) -> Reply:
         repository = self.find(kind, name, user)
-        named = {"branches": ("refs/heads/", repository.branches), "tags": ("refs/tags/", repository.tags)}
+        named = {
+            "branches": ("refs/heads/", repository.branches),
+            "tags": ("refs/tags/", repository.tags),
+        }
         listed = {
-            what: [{"name": ref, "ref": prefix + ref, "targetCommit": commit} for ref, commit in refs.items()]
+            what: [
+                {"name": ref, "ref": prefix + ref, "targetCommit": commit}
+                for ref, commit in refs.items()
+            ]
             for what, (prefix, refs) in named.items()
         }
         return _json({**listed, "converts": [], "pullRequests": []})
 
-    def discussions(self, user: dict[str, Any] | None, name: str, query: dict[str, list[str]], **_: Any) -> Reply:
+    def discussions(
+        self, user: dict[str, Any] | None, name: str, query: dict[str, list[str]], **_: Any
+    ) -> Reply:
         repository = self.find("models", name, user)
         found = [
             {
@@ -235,7 +303,9 @@ class Hub(ThreadingHTTPServer):
         ]  # fmt: skip
         return _json({"count": len(found), "start": 0, "discussions": found})
 
-    def resolve(self, user: dict[str, Any] | None, kind: str, name: str, revision: str, path: str, **_: Any) -> Reply:
+    def resolve(
+        self, user: dict[str, Any] | None, kind: str, name: str, revision: str, path: str, **_: Any
+    ) -> Reply:
         repository = self.find("datasets" if kind else "models", name, user)
         if repository.gated:
             raise Refused(401, "GatedRepo", "Access is restricted")
@@ -251,16 +321,28 @@ class Hub(ThreadingHTTPServer):
     def validate_yaml(self, body: bytes, **_: Any) -> Reply:
         content = json.loads(body)["content"]
         if not content.startswith("---\n"):
-            return 400, {}, json.dumps({"errors": [{"message": "no metadata"}], "warnings": []}).encode()
+            return (
+                400,
+                {},
+                json.dumps({"errors": [{"message": "no metadata"}], "warnings": []}).encode(),
+            )
         return _json({"errors": [], "warnings": []})
 
-    def _writable(self, user: dict[str, Any] | None, name: str, query: dict[str, list[str]]) -> Repository:
+    def _writable(
+        self, user: dict[str, Any] | None, name: str, query: dict[str, list[str]]
+    ) -> Repository:
         repository = self.find("models", name, user)
-        if user is None or user["role"] == "read" or not (may_write(user, name) or "create_pr" in query):
+        if (
+            user is None
+            or user["role"] == "read"
+            or not (may_write(user, name) or "create_pr" in query)
+        ):
             raise Refused(403, "", "Forbidden: you do not have write access")
         return repository
 
-    def preupload(self, user: dict[str, Any] | None, name: str, revision: str, body: bytes, **how: Any) -> Reply:
+    def preupload(
+        self, user: dict[str, Any] | None, name: str, revision: str, body: bytes, **how: Any
+    ) -> Reply:
         repository = self._writable(user, name, how["query"])
         files = repository.trees[repository.resolve(revision)]
         modes = [
@@ -268,7 +350,11 @@ class Hub(ThreadingHTTPServer):
                 "path": file["path"],
                 "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular",
                 "shouldIgnore": False,
-                "oid": _blob(file["path"], files[file["path"]])["oid"] if file["path"] in files else None,
+                "oid": (
+                    _blob(file["path"], files[file["path"]])["oid"]
+                    if file["path"] in files
+                    else None
+                ),
             }
             for file in json.loads(body)["files"]
         ]
@@ -282,7 +368,9 @@ class Hub(ThreadingHTTPServer):
             upload = {"href": f"{HUB_URL}/lfs/{wanted['oid']}?X-Amz-Signature=0123456789abcdef"}
             verify = {"href": f"{HUB_URL}/lfs/{wanted['oid']}/verify"}
             needed = wanted["oid"] not in self.large
-            objects.append({**known, "actions": {"upload": upload, "verify": verify}} if needed else known)
+            objects.append(
+                {**known, "actions": {"upload": upload, "verify": verify}} if needed else known
+            )
         return _json({"transfer": "basic", "objects": objects})
 
     def lfs_put(self, oid: str, body: bytes, **_: Any) -> Reply:
@@ -296,7 +384,9 @@ class Hub(ThreadingHTTPServer):
             raise Refused(404, "", "never uploaded")
         return _json({})
 
-    def commit(self, user: dict[str, Any] | None, name: str, revision: str, body: bytes, **how: Any) -> Reply:
+    def commit(
+        self, user: dict[str, Any] | None, name: str, revision: str, body: bytes, **how: Any
+    ) -> Reply:
         repository = self._writable(user, name, how["query"])
         header, *changes = (json.loads(line) for line in body.splitlines())
         parent = repository.resolve(revision)
@@ -320,14 +410,18 @@ class Hub(ThreadingHTTPServer):
             done["pullRequestUrl"] = f"{HUB_URL}/{name}/discussions/{number}"
         return _json(done)
 
-    def make_tag(self, user: dict[str, Any] | None, name: str, revision: str, body: bytes, **how: Any) -> Reply:
+    def make_tag(
+        self, user: dict[str, Any] | None, name: str, revision: str, body: bytes, **how: Any
+    ) -> Reply:
         repository, tag = self._writable(user, name, how["query"]), json.loads(body)["tag"]
         if tag in repository.tags:
             raise Refused(409, "", "Tag reference exists already")
         repository.tags[tag] = repository.resolve(revision)
         return _json({})
 
-    def make_branch(self, user: dict[str, Any] | None, name: str, revision: str, body: bytes, **how: Any) -> Reply:
+    def make_branch(
+        self, user: dict[str, Any] | None, name: str, revision: str, body: bytes, **how: Any
+    ) -> Reply:
         repository = self._writable(user, name, how["query"])
         if revision in repository.branches:
             raise Refused(409, "", "Reference already exists")
@@ -371,7 +465,11 @@ class _Answer(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         method = "GET" if self.command == "HEAD" else self.command
         fault = next(
-            (f for f in self.server.faults if f.times and f.method == self.command and re.search(f.path, url.path)),
+            (
+                f
+                for f in self.server.faults
+                if f.times and f.method == self.command and re.search(f.path, url.path)
+            ),
             None,
         )
         if fault is not None:
@@ -391,7 +489,9 @@ class _Answer(BaseHTTPRequestHandler):
             if fault is not None and fault.status:
                 raise Refused(fault.status, "", fault.message, **fault.headers)
             token = given.removeprefix("Bearer ") if given else None
-            status, headers, content = self.server.answer(method, url.path, parse_qs(url.query), body, token)
+            status, headers, content = self.server.answer(
+                method, url.path, parse_qs(url.query), body, token
+            )
             (fault.after if fault and fault.after else dict)()
         except Refused as refused:
             status, headers, content = refused.reply
@@ -406,7 +506,9 @@ class _Answer(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content if fault is None or fault.cut is None else content[: fault.cut])
+            self.wfile.write(
+                content if fault is None or fault.cut is None else content[: fault.cut]
+            )
             if fault is not None and fault.cut is not None:
                 self.close_connection = True
 
@@ -449,7 +551,8 @@ def _git_oid(content: bytes) -> str:
 def _blob(path: str, content: bytes) -> dict[str, Any]:
     """`oid` as preupload gives it; `blobId` and `lfs` as the repository's info does."""
     pointer = (
-        f"version https://git-lfs.github.com/spec/v1\noid sha256:{_sha256(content)}\nsize {len(content)}\n".encode()
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{_sha256(content)}\nsize"
+        f" {len(content)}\n".encode()
     )
     if not path.endswith(LARGE):
         return {"size": len(content), "oid": _git_oid(content), "blobId": _git_oid(content)}

@@ -1,6 +1,8 @@
-"""Real runs of `loop.train` in processes of their own, forked from a server that has imported the libraries.
+"""Real runs of `loop.train` in processes of their own, forked from a server that has imported the
+libraries.
 
-What a process runs is what `python -m loop.train` runs: `run_command` around `main`. Only the import is spared.
+What a process runs is what `python -m loop.train` runs: `run_command` around `main`. Only the
+import is spared.
 """
 
 import multiprocessing
@@ -69,19 +71,28 @@ def start(
         places = dict(environment or {})
         if num_processes > 1:
             places |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
-            places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(num_processes)}
+            places |= {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "LOCAL_WORLD_SIZE": str(num_processes),
+            }
         process = SERVER.Process(target=_run, args=(argv, places, str(log), alter))
         process.start()
         processes.append(process)
     return Launched(processes, log)
 
 
-def start_altered(alter: Callable[[Run], Run], argv: list[str], log: Path, num_processes: int = 1) -> Launched:
-    """Like `start`, with one thing done to the run on every process, between preparing and training it."""
+def start_altered(
+    alter: Callable[[Run], Run], argv: list[str], log: Path, num_processes: int = 1
+) -> Launched:
+    """Like `start`, with one thing done to the run on every process, between preparing and training
+    it."""
     return start(argv, log, num_processes, alter=alter)
 
 
-def run(argv: list[str], log: Path, num_processes: int = 1, environment: dict[str, str] | None = None) -> Launched:
+def run(
+    argv: list[str], log: Path, num_processes: int = 1, environment: dict[str, str] | None = None
+) -> Launched:
     """Run to the end. Raises: AssertionError with the output unless every process exits with 0."""
     launched = start(argv, log, num_processes, environment)
     codes = launched.wait()
@@ -109,9 +120,18 @@ def wait_until(happens: Callable[[], bool], launched: Launched, timeout: float =
     raise AssertionError(f"nothing happened in {timeout} s\n{launched.text()}")
 
 
-def _run(argv: list[str], environment: dict[str, str], log: str, alter: Callable[[Run], Run] | None = None) -> None:
+def _run(
+    argv: list[str],
+    environment: dict[str, str],
+    log: str,
+    alter: Callable[[Run], Run] | None = None,
+) -> None:
     os.setsid()
-    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):  # as a terminal gives them, nohup or not
+    for number in (
+        signal.SIGHUP,
+        signal.SIGTERM,
+        signal.SIGUSR1,
+    ):  # as a terminal gives them, nohup or not
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
@@ -130,7 +150,8 @@ def _run(argv: list[str], environment: dict[str, str], log: str, alter: Callable
 
 
 def run_without_network(main: Callable[[list[str]], None] | None = None) -> None:
-    """A command, `loop.train` unless given, with the words behind -c; any use of the network ends it with 99.
+    """A command, `loop.train` unless given, with the words behind -c; any use of the network ends
+    it with 99.
 
     An audit hook cannot be taken off, by us or by a library that swallows exceptions.
     """

@@ -1,7 +1,8 @@
-"""First mistakes, in one table: what a newcomer does, the exit code, and the sentence that ends what they see.
+"""First mistakes, in one table: what a newcomer does, the exit code, and the sentence that ends
+what they see.
 
-The sentence says what was found and what to do about it, and stands in the last line; nothing is lost by it, nothing
-is left half written, and nobody is shown a traceback."""
+The sentence says what was found and what to do about it, and stands in the last line; nothing is
+lost by it, nothing is left half written, and nobody is shown a traceback."""
 
 import json
 import re
@@ -30,23 +31,31 @@ from tests.processes import run, start
 pytestmark = pytest.mark.runs
 ROOT = Path(__file__).parent.parent
 CANARY = "hf_canary0123456789abcdefghijklmnop"
-WAYS_OUT = "is of another run: to go on, give the values it was started with; for another run, another output_dir"
-LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 14138162687\n"
+WAYS_OUT = (
+    "is of another run: to go on, give the values it was started with; for another run, another"
+    " output_dir"
+)
+LFS_POINTER = (
+    "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 14138162687\n"
+)
 ERROR_PAGE = "<!DOCTYPE html>\n<html><body>504 Gateway Time-out</body></html>\n"
 GOES_ON = {f"run/{name}" for name in ("config.yaml", "ledger.jsonl", "metrics.jsonl", "run.json")}
-"""What a run has written on before its disk was full: a resume cuts it back to the last checkpoint."""
+"""What a run has written on before its disk was full: a resume cuts it back to the last
+checkpoint."""
 PEER = "error: another process ended; its own message says why"
 
 USUAL = (
     "--model_name_or_path $bloom --dataset_name $ragged --output_dir $here/run --max_length 128 "
     "--micro_batch_tokens 256 --global_batch_size 8 --max_steps 6 --lora_target_modules all-linear"
 )
-"""A run that works. What a row of the table adds comes behind it, and the last of two flags wins."""
+"""A run that works. What a row of the table adds comes behind it, and the last of two flags
+wins."""
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """One row. $here is a folder of its own, $bloom, $other_bloom, $gpt2 and $ragged are those of conftest.py."""
+    """One row. $here is a folder of its own, $bloom, $other_bloom, $gpt2 and $ragged are those of
+    conftest.py."""
 
     name: str
     typed: str  # behind USUAL, as in a shell
@@ -55,13 +64,17 @@ class Mistake:
     also: tuple[str, ...] = ()  # stand in the lines above
     recipe: str = ""  # goes to --config
     files: dict[str, str | bytes] = field(default_factory=dict)  # made in $here
-    base: dict[str, str | None] = field(default_factory=dict)  # $here/model: $bloom with these files; None removes one
+    base: dict[str, str | None] = field(
+        default_factory=dict
+    )  # $here/model: $bloom with these files; None removes one
     folder: str = "new"  # output_dir: new, used (2 of 6 steps), finished, or locked by another run
     limit: int = 0  # bytes that a file may have, as if the disk were full
     usual: str = USUAL
     launch: str = "cpu.yaml"  # of launch_configs/
     launch_flags: str = ""
-    launch_sets: dict[str, str] = field(default_factory=dict)  # what these two set, where there is no launcher
+    launch_sets: dict[str, str] = field(
+        default_factory=dict
+    )  # what these two set, where there is no launcher
     environment: dict[str, str] = field(default_factory=dict)
     alone: bool = False  # not to be forked: it depends on its folder, or on what the libraries read when imported
     skip: str = ""
@@ -74,16 +87,33 @@ ROWS = '{"text": "A good tool improves the hand."}\n'
 
 MISTAKES = [
     # Flags.
-    Mistake("typo in a flag", "--lerning_rate 1e-4", 2, "lerning_rate: unknown; did you mean learning_rate?"),
-    Mistake("flag without a value", "--seed --lora_r 8", 2, "--seed: expected one argument; --help lists the flags"),
-    Mistake("word without a flag", "demo", 2, "'demo': unexpected word; every value follows a --flag"),
+    Mistake(
+        "typo in a flag",
+        "--lerning_rate 1e-4",
+        2,
+        "lerning_rate: unknown; did you mean learning_rate?",
+    ),
+    Mistake(
+        "flag without a value",
+        "--seed --lora_r 8",
+        2,
+        "--seed: expected one argument; --help lists the flags",
+    ),
+    Mistake(
+        "word without a flag", "demo", 2, "'demo': unexpected word; every value follows a --flag"
+    ),
     Mistake(
         "negative learning rate",
         "--learning_rate -1e-4",
         2,
         "learning_rate: found '-1e-4', should be greater than 0 (flag)",
     ),
-    Mistake("percent sign", "--eval_fraction 10%", 2, "eval_fraction: found '10%', should be a valid number"),
+    Mistake(
+        "percent sign",
+        "--eval_fraction 10%",
+        2,
+        "eval_fraction: found '10%', should be a valid number",
+    ),
     Mistake(
         "dtype of another spelling",
         "--dtype bf16",
@@ -96,7 +126,12 @@ MISTAKES = [
         2,
         "optim: found 'adamw_hf', should be 'adamw_torch', 'adamw_bnb_8bit'",
     ),
-    Mistake("one checkpoint", "--save_total_limit 1", 2, "found '1', should be greater than or equal to 2 (flag)"),
+    Mistake(
+        "one checkpoint",
+        "--save_total_limit 1",
+        2,
+        "found '1', should be greater than or equal to 2 (flag)",
+    ),
     Mistake(
         "nothing at all",
         "",
@@ -105,17 +140,34 @@ MISTAKES = [
         also=("model_name_or_path: missing;", "dataset_name: missing;"),
         usual="",
     ),
-    Mistake("variable of the shell that is not set", "--output_dir ''", 2, "output_dir: found ''", alone=True),
     Mistake(
-        "home folder that no shell has expanded", "--output_dir=~/runs/a", 2, "output_dir: found '~/runs/a'", alone=True
+        "variable of the shell that is not set",
+        "--output_dir ''",
+        2,
+        "output_dir: found ''",
+        alone=True,
+    ),
+    Mistake(
+        "home folder that no shell has expanded",
+        "--output_dir=~/runs/a",
+        2,
+        "output_dir: found '~/runs/a'",
+        alone=True,
     ),
     # Recipes.
-    Mistake("typo in a recipe", "", 2, "max_step: unknown; did you mean max_steps?", recipe="max_step: 10\n"),
+    Mistake(
+        "typo in a recipe",
+        "",
+        2,
+        "max_step: unknown; did you mean max_steps?",
+        recipe="max_step: 10\n",
+    ),
     Mistake(
         "word for a number",
         "",
         2,
-        "learning_rate: found 'high', should be a valid number, unable to parse string as a number (file)",
+        "learning_rate: found 'high', should be a valid number, unable to parse string as a number"
+        " (file)",
         recipe="learning_rate: high\n",
     ),
     Mistake(
@@ -126,17 +178,37 @@ MISTAKES = [
         recipe="lora_r: yes\n",
     ),
     Mistake(
-        "recipe that does not exist", "--config dmeo", 2, "no file and no recipe is named 'dmeo'; the recipes are "
+        "recipe that does not exist",
+        "--config dmeo",
+        2,
+        "no file and no recipe is named 'dmeo'; the recipes are ",
     ),
-    Mistake("recipe that is not YAML", "", 2, "my.yaml: not a YAML file of knobs: ", recipe="seed: [1\n"),
-    Mistake("recipe with equals signs", "", 2, "found a str, expected lines of 'knob: value'", recipe="seed = 1\n"),
-    Mistake("key given twice", "", 2, "not a YAML file of knobs: given twice: seed", recipe="seed: 1\nseed: 2\n"),
-    Mistake("alias", "", 2, "an alias (*name) is not allowed here", recipe="seed: &a 1\nlora_r: *a\n"),
+    Mistake(
+        "recipe that is not YAML", "", 2, "my.yaml: not a YAML file of knobs: ", recipe="seed: [1\n"
+    ),
+    Mistake(
+        "recipe with equals signs",
+        "",
+        2,
+        "found a str, expected lines of 'knob: value'",
+        recipe="seed = 1\n",
+    ),
+    Mistake(
+        "key given twice",
+        "",
+        2,
+        "not a YAML file of knobs: given twice: seed",
+        recipe="seed: 1\nseed: 2\n",
+    ),
+    Mistake(
+        "alias", "", 2, "an alias (*name) is not allowed here", recipe="seed: &a 1\nlora_r: *a\n"
+    ),
     Mistake(
         "tab in a recipe",
         "",
         2,
-        "found character '\\t' that cannot start any token in \"<unicode string>\", line 2, column 1",
+        "found character '\\t' that cannot start any token in \"<unicode string>\", line 2,"
+        " column 1",
         recipe="seed: 1\n\tlora_r: 2\n",
     ),
     Mistake(
@@ -149,7 +221,8 @@ MISTAKES = [
         "launch file behind the program",
         "--config_file $root/launch_configs/cpu.yaml",
         2,
-        "config_file: it goes before -m: accelerate launch --config_file FILE -m loop.train --config RECIPE",
+        "config_file: it goes before -m: accelerate launch --config_file FILE -m loop.train"
+        " --config RECIPE",
     ),
     # Keys of other trainers.
     Mistake(
@@ -163,22 +236,52 @@ MISTAKES = [
         ),
         recipe="per_device_train_batch_size: 4\ngradient_accumulation_steps: 8\n",
     ),
-    Mistake("trust_remote_code", "--trust_remote_code true", 2, "is never run; use a model that transformers has"),
+    Mistake(
+        "trust_remote_code",
+        "--trust_remote_code true",
+        2,
+        "is never run; use a model that transformers has",
+    ),
     Mistake(
         "push_to_hub",
         "--push_to_hub true",
         2,
-        "training never writes to the Hub; afterwards: python -m loop.publish RUN --repo_id OWNER/NAME",
+        "training never writes to the Hub; afterwards: python -m loop.publish RUN --repo_id"
+        " OWNER/NAME",
     ),
-    Mistake("report_to", "--report_to wandb", 2, "report_to: RUN/metrics.jsonl and RUN/ledger.jsonl hold every number"),
+    Mistake(
+        "report_to",
+        "--report_to wandb",
+        2,
+        "report_to: RUN/metrics.jsonl and RUN/ledger.jsonl hold every number",
+    ),
     Mistake("torch_dtype", "--torch_dtype bfloat16", 2, "torch_dtype: write dtype"),
     Mistake("max_seq_length", "--max_seq_length 512", 2, "max_seq_length: write max_length"),
-    Mistake("warmup_ratio", "--warmup_ratio 0.03", 2, "write warmup_steps; a value below 1 is the share of the run"),
     Mistake(
-        "bf16 as a flag", "--bf16 true", 2, "precision is the launch config's: accelerate launch --mixed_precision"
+        "warmup_ratio",
+        "--warmup_ratio 0.03",
+        2,
+        "write warmup_steps; a value below 1 is the share of the run",
     ),
-    Mistake("deepspeed", "--deepspeed ds.json", 2, "give a file of launch_configs/ to accelerate launch --config_file"),
-    Mistake("fsdp", "", 2, "fsdp: machines are the launch config's: give a file of", recipe="fsdp: full_shard\n"),
+    Mistake(
+        "bf16 as a flag",
+        "--bf16 true",
+        2,
+        "precision is the launch config's: accelerate launch --mixed_precision",
+    ),
+    Mistake(
+        "deepspeed",
+        "--deepspeed ds.json",
+        2,
+        "give a file of launch_configs/ to accelerate launch --config_file",
+    ),
+    Mistake(
+        "fsdp",
+        "",
+        2,
+        "fsdp: machines are the launch config's: give a file of",
+        recipe="fsdp: full_shard\n",
+    ),
     # Knobs that contradict each other.
     Mistake(
         "both kinds of templates",
@@ -186,7 +289,12 @@ MISTAKES = [
         2,
         "text_template: given together with prompt_template; choose one",
     ),
-    Mistake("prompt alone", "--prompt_template {text}", 2, "completion_template: one is given, both are needed"),
+    Mistake(
+        "prompt alone",
+        "--prompt_template {text}",
+        2,
+        "completion_template: one is given, both are needed",
+    ),
     Mistake(
         "two ways to hold out",
         "--eval_fraction 0.1 --dataset_test_split test",
@@ -194,16 +302,25 @@ MISTAKES = [
         "eval_fraction: given together with dataset_test_split; choose one",
     ),
     Mistake(
-        "4 and 8 bits", "--load_in_4bit --load_in_8bit", 2, "load_in_4bit, load_in_8bit: both are given; choose one"
+        "4 and 8 bits",
+        "--load_in_4bit --load_in_8bit",
+        2,
+        "load_in_4bit, load_in_8bit: both are given; choose one",
     ),
     Mistake(
         "rows longer than a forward",
         "--max_length 300 --dataset_name $here/rows.jsonl",
         2,
-        "micro_batch_tokens: 256 cannot hold the longest row, 300 tokens; raise it, or lower max_length",
+        "micro_batch_tokens: 256 cannot hold the longest row, 300 tokens; raise it, or lower"
+        " max_length",
         files={"rows.jsonl": json.dumps({"text": "word " * 400}) + "\n"},
     ),
-    Mistake("warm-up without an end", "--warmup_steps 100", 2, "warmup_steps: 100 is longer than the run, max_steps 6"),
+    Mistake(
+        "warm-up without an end",
+        "--warmup_steps 100",
+        2,
+        "warmup_steps: 100 is longer than the run, max_steps 6",
+    ),
     Mistake(
         "warm-up longer than the epochs",
         "--warmup_steps 100 --max_steps none --num_train_epochs 1",
@@ -229,7 +346,12 @@ MISTAKES = [
         launch_sets={"ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_USE_CPU": "true"},
         skip=A_GPU,
     ),
-    Mistake("float16 base without fp16", "--dtype float16", 2, "dtype: float16 needs mixed_precision: fp16, as in"),
+    Mistake(
+        "float16 base without fp16",
+        "--dtype float16",
+        2,
+        "dtype: float16 needs mixed_precision: fp16, as in",
+    ),
     Mistake(
         "paged optimizer without a GPU",
         "--optim paged_adamw_8bit",
@@ -242,7 +364,8 @@ MISTAKES = [
         "wrong target module",
         "--lora_target_modules q_proj,v_proj",
         2,
-        "q_proj, v_proj is not in this model; it has dense, dense_4h_to_h, dense_h_to_4h, lm_head, query_key_value",
+        "q_proj, v_proj is not in this model; it has dense, dense_4h_to_h, dense_h_to_4h, lm_head,"
+        " query_key_value",
     ),
     Mistake(
         "folder of a base that is not there",
@@ -262,7 +385,8 @@ MISTAKES = [
         "base without weights",
         "--model_name_or_path $here/model",
         2,
-        "Error no file named model.safetensors found in directory $here/model; expected a folder with",
+        "Error no file named model.safetensors found in directory $here/model; expected a folder"
+        " with",
         base={"model.safetensors": None},
     ),
     Mistake(
@@ -298,7 +422,10 @@ MISTAKES = [
         "--model_name_or_path $here/model",
         2,
         "expected a folder with config.json, tokenizer.json and *.safetensors",
-        files={"model/adapter_config.json": '{"peft_type": "LORA"}', "model/adapter_model.safetensors": ""},
+        files={
+            "model/adapter_config.json": '{"peft_type": "LORA"}',
+            "model/adapter_model.safetensors": "",
+        },
     ),
     Mistake(
         "base with code of its own",
@@ -306,12 +433,19 @@ MISTAKES = [
         2,
         "code from a model repository is never run; use a model that transformers has",
         base={
-            "config.json": json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}),
+            "config.json": json.dumps(
+                {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}
+            ),
             "mine.py": "open('$here/it-was-run', 'w')\n",
         },
     ),
     # The dataset.
-    Mistake("no such file", "--dataset_name $here/rows.jsonl", 3, "dataset_name: found no file $here/rows.jsonl"),
+    Mistake(
+        "no such file",
+        "--dataset_name $here/rows.jsonl",
+        3,
+        "dataset_name: found no file $here/rows.jsonl",
+    ),
     Mistake(
         "dataset beside its recipe",
         "",
@@ -325,13 +459,15 @@ MISTAKES = [
         "text column of another name",
         "--dataset_text_field quote",
         3,
-        "column 'quote' is missing; the columns are text; name one in dataset_text_field or text_template",
+        "column 'quote' is missing; the columns are text; name one in dataset_text_field or"
+        " text_template",
     ),
     Mistake(
         "template with a column that is not there",
         "--text_template '{quote} - {author}'",
         3,
-        "column 'quote' is missing; the columns are text; name one in dataset_text_field or text_template",
+        "column 'quote' is missing; the columns are text; name one in dataset_text_field or"
+        " text_template",
     ),
     Mistake(
         "template without a column",
@@ -353,7 +489,13 @@ MISTAKES = [
         "row 0, column 'text': found 7, expected text; correct or remove the row",
         files={"rows.jsonl": '{"text": 7}\n'},
     ),
-    Mistake("empty file", "--dataset_name $here/a.jsonl", 3, "$here/a.jsonl: holds no rows", files={"a.jsonl": ""}),
+    Mistake(
+        "empty file",
+        "--dataset_name $here/a.jsonl",
+        3,
+        "$here/a.jsonl: holds no rows",
+        files={"a.jsonl": ""},
+    ),
     Mistake(
         "rows without text",
         "--dataset_name $here/rows.jsonl",
@@ -410,7 +552,8 @@ MISTAKES = [
     ),
     Mistake(
         "rows longer than the model takes",
-        "--model_name_or_path $gpt2 --dataset_name $here/rows.jsonl --max_length 300 --micro_batch_tokens 300",
+        "--model_name_or_path $gpt2 --dataset_name $here/rows.jsonl --max_length 300"
+        " --micro_batch_tokens 300",
         2,
         "max_length: a row has 300 tokens, the model takes 256; lower max_length",
         files={"rows.jsonl": json.dumps({"text": "word " * 400}) + "\n"},
@@ -465,7 +608,12 @@ MISTAKES = [
     ),
     Mistake("another seed", "--seed 1", 4, WAYS_OUT, ("seed was 42, is 1",), folder="used"),
     Mistake(
-        "more steps for a finished run", "--max_steps 12", 4, WAYS_OUT, ("max_steps was 6, is 12",), folder="finished"
+        "more steps for a finished run",
+        "--max_steps 12",
+        4,
+        WAYS_OUT,
+        ("max_steps was 6, is 12",),
+        folder="finished",
     ),
     Mistake(
         "another dataset",
@@ -476,7 +624,14 @@ MISTAKES = [
         files={"rows.jsonl": ROWS},
         folder="used",
     ),
-    Mistake("another base", "--model_name_or_path $other_bloom", 4, WAYS_OUT, ("base_checksum was '",), folder="used"),
+    Mistake(
+        "another base",
+        "--model_name_or_path $other_bloom",
+        4,
+        WAYS_OUT,
+        ("base_checksum was '",),
+        folder="used",
+    ),
     Mistake(
         "no resume in a used folder",
         "--resume_from_checkpoint none",
@@ -499,7 +654,11 @@ MISTAKES = [
         folder="used",
     ),
     Mistake(
-        "folder that another run writes to", "", 5, "output_dir: $here/run is written to by process ", folder="locked"
+        "folder that another run writes to",
+        "",
+        5,
+        "output_dir: $here/run is written to by process ",
+        folder="locked",
     ),
     Mistake(
         "file in the way",
@@ -509,7 +668,10 @@ MISTAKES = [
         files={"notes": "to do\n"},
     ),
     Mistake(
-        "folder that cannot be", "--output_dir /dev/null/run", 5, "/dev/null/run: Not a directory; expected a writable"
+        "folder that cannot be",
+        "--output_dir /dev/null/run",
+        5,
+        "/dev/null/run: Not a directory; expected a writable",
     ),
     Mistake(
         "full disk under the cache of datasets",
@@ -543,7 +705,8 @@ LAUNCHER = (  # the ways out of the program that differ: parse, launch, base, da
     "folder that another run writes to",
     "full disk",
 )
-"""Each costs 15 seconds of one core, most of them for imports, so all rows would take a quarter of an hour."""
+"""Each costs 15 seconds of one core, most of them for imports, so all rows would take a quarter of
+an hour."""
 LAUNCHER_OF_TWO = (  # before the processes meet, and what only the main one meets; test_launcher.py has what each does
     "typo in a flag",
     "no such file",
@@ -574,7 +737,8 @@ COMMIT = "a" * 40
 
 @pytest.fixture(scope="module")
 def hub(bloom: Path) -> Iterator[Hub]:
-    """owner/public and gated ones, a copy of `bloom` each: who has no token may list these and not open their files."""
+    """owner/public and gated ones, a copy of `bloom` each: who has no token may list these and not
+    open their files."""
     with serving(Hub()) as server:
         server.users[CANARY] = {"name": "owner", "role": "write"}
         server.put_model("owner/public", bloom)
@@ -597,7 +761,8 @@ def downloaded(home: Path, base: Path) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is left of a played row: what stood on the terminal, how it ended, and which files are not as before."""
+    """What is left of a played row: what stood on the terminal, how it ended, and which files are
+    not as before."""
 
     codes: list[int | None]
     text: str
@@ -610,7 +775,8 @@ class Outcome:
 
 
 class Stage:
-    """The places that the table calls by name, and a folder of its own for each row that is played."""
+    """The places that the table calls by name, and a folder of its own for each row that is
+    played."""
 
     def __init__(self, root: Path, used: dict[str, Path], **places: object) -> None:
         self.root, self.used, self.places = root, used, {"root": ROOT, **places}
@@ -628,10 +794,16 @@ class Stage:
             shutil.copytree(str(self.places["bloom"]), here / "model")
             for name in [name for name, content in mistake.base.items() if content is None]:
                 (here / "model" / name).unlink()
-            files |= {f"model/{name}": content for name, content in mistake.base.items() if content is not None}
+            files |= {
+                f"model/{name}": content
+                for name, content in mistake.base.items()
+                if content is not None
+            }
         for name, content in files.items():
             (here / name).parent.mkdir(parents=True, exist_ok=True)
-            (here / name).write_bytes(content if isinstance(content, bytes) else self.words(content, here).encode())
+            (here / name).write_bytes(
+                content if isinstance(content, bytes) else self.words(content, here).encode()
+            )
         if mistake.folder in self.used:
             shutil.copytree(self.used[mistake.folder], here / "run")
         recipe = " --config $here/recipes/my.yaml" if mistake.recipe else ""
@@ -642,18 +814,31 @@ class Stage:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file by its name; an empty lock is what a run leaves that has let go of its folder."""
-    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    return {name: content for name, content in files.items() if not (name.endswith("/.lock") and content == b"")}
+    files = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    return {
+        name: content
+        for name, content in files.items()
+        if not (name.endswith("/.lock") and content == b"")
+    }
 
 
 def play(stage: Stage, mistake: Mistake, how: str) -> Outcome:
-    """how: forked or forked on two; python, the launcher, or the launcher of two, each in a process of its own."""
+    """how: forked or forked on two; python, the launcher, or the launcher of two, each in a process
+    of its own."""
     with stage.set_for(mistake, how) as (here, typed):
         before = contents(here)
         if how.startswith("forked"):
-            launched = start(typed, stage.root / f"{here.name}.log", 1 + how.endswith("two"), mistake.launch_sets)
+            launched = start(
+                typed, stage.root / f"{here.name}.log", 1 + how.endswith("two"), mistake.launch_sets
+            )
             for process in launched.processes if mistake.limit else ():  # they are still loading
-                resource.prlimit(process.pid or 0, resource.RLIMIT_FSIZE, (mistake.limit, mistake.limit))
+                resource.prlimit(
+                    process.pid or 0, resource.RLIMIT_FSIZE, (mistake.limit, mistake.limit)
+                )
             codes, text = launched.wait(60), launched.text()
         else:
             done = subprocess.run(
@@ -671,7 +856,9 @@ def words_of(mistake: Mistake, how: str, typed: list[str]) -> list[str]:
     if how == "python":
         words = [sys.executable, "-m", "loop.train", *typed]
     else:
-        words = launch_words("cpu_2.yaml" if how == "the launcher of two" else mistake.launch, typed)
+        words = launch_words(
+            "cpu_2.yaml" if how == "the launcher of two" else mistake.launch, typed
+        )
         words[words.index("-m") : words.index("-m")] = mistake.launch_flags.split()
     blocks = f'ulimit -f {mistake.limit // 512}; exec "$@"'
     return ["sh", "-c", blocks, "sh", *words] if mistake.limit else words
@@ -683,7 +870,8 @@ def environment_of(stage: Stage, mistake: Mistake, here: Path) -> dict[str, str]
 
 
 def assert_answered(stage: Stage, mistake: Mistake, outcome: Outcome) -> None:
-    """The sentence ends what the user sees, what it speaks of stands above it, and nothing was lost."""
+    """The sentence ends what the user sees, what it speaks of stands above it, and nothing was
+    lost."""
     assert stage.words(mistake.says, outcome.here) in outcome.last_line, outcome.text
     assert_nothing_lost(mistake, outcome)
     for words in mistake.also:
@@ -698,10 +886,21 @@ def assert_nothing_lost(mistake: Mistake, outcome: Outcome) -> None:
 
 @pytest.fixture(scope="module")
 def stage(
-    tmp_path_factory: pytest.TempPathFactory, bloom: Path, other_bloom: Path, gpt2: Path, ragged: Path, hub: Hub
+    tmp_path_factory: pytest.TempPathFactory,
+    bloom: Path,
+    other_bloom: Path,
+    gpt2: Path,
+    ragged: Path,
+    hub: Hub,
 ) -> Stage:
     root = tmp_path_factory.mktemp("first-mistakes")
-    places = {"bloom": bloom, "other_bloom": other_bloom, "gpt2": gpt2, "ragged": ragged, "hub": HUB_URL}
+    places = {
+        "bloom": bloom,
+        "other_bloom": other_bloom,
+        "gpt2": gpt2,
+        "ragged": ragged,
+        "hub": HUB_URL,
+    }
     usual = shlex.split(Template(USUAL).substitute(places, here=root))
     run(usual, root / "finished.log")
     shutil.move(root / "run", root / "finished")
@@ -711,8 +910,11 @@ def stage(
 
 
 @pytest.fixture(scope="module")
-def launched(stage: Stage, request: pytest.FixtureRequest) -> Iterator[Callable[[Mistake, str], Outcome]]:
-    """Plays all rows that the chosen tests need in processes of their own, three at a time, while the tests go on."""
+def launched(
+    stage: Stage, request: pytest.FixtureRequest
+) -> Iterator[Callable[[Mistake, str], Outcome]]:
+    """Plays all rows that the chosen tests need in processes of their own, three at a time, while
+    the tests go on."""
     here = [item for item in request.session.items if item.path == request.path]
     asked = [item for item in here if "launched" in getattr(item, "fixturenames", ())]
     pool, played = ThreadPoolExecutor(3), dict[tuple[str, str], Future[Outcome]]()
@@ -746,8 +948,13 @@ def test_on_two_processes_both_end_and_it_is_said_once(stage: Stage, mistake: Mi
 
 
 def test_a_peer_that_has_gone_is_no_bug(capsys: pytest.CaptureFixture[str]) -> None:
-    def command() -> None:  # gloo's words, where the other process ended with something still unread
-        raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:2216: Connection reset by peer.")
+    def command() -> (
+        None
+    ):  # gloo's words, where the other process ended with something still unread
+        raise RuntimeError(
+            "[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:2216: Connection reset by"
+            " peer."
+        )
 
     assert run_command(command) == 1
     assert capsys.readouterr().err == PEER + "\n"
@@ -760,7 +967,11 @@ def test_a_mistake_that_needs_a_process_of_its_own(
 ) -> None:
     outcome = launched(mistake, how)
     assert outcome.codes == [mistake.code], outcome.text
-    asked = [authorization for _, path, authorization in hub.requests if mistake.typed.split()[-1] in path]
+    asked = [
+        authorization
+        for _, path, authorization in hub.requests
+        if mistake.typed.split()[-1] in path
+    ]
     assert (len(asked) > 0) == (mistake.environment == HUB)
     assert not any(asked), "a token was sent"
     assert_answered(stage, mistake, outcome)
@@ -813,9 +1024,15 @@ def test_after_hf_download_the_run_goes_on_and_no_token_leaves_the_machine(
         downloaded(home, bloom)
     environment = {**HUB, "HF_HUB_OFFLINE": offline, "HF_HOME": str(home)}
     typed = f"--model_name_or_path owner/{name} --max_steps 1"
-    outcome = play(stage, Mistake(f"{name} {offline}", typed, 0, "", environment=environment), "python")
+    outcome = play(
+        stage, Mistake(f"{name} {offline}", typed, 0, "", environment=environment), "python"
+    )
     assert outcome.codes == [0], outcome.text
-    asked = [(path, authorization) for _, path, authorization in hub.requests[before:] if of_this.search(path)]
+    asked = [
+        (path, authorization)
+        for _, path, authorization in hub.requests[before:]
+        if of_this.search(path)
+    ]
     assert (asked == []) == (offline == "1")
     assert [path for path, authorization in asked if authorization] == []
     assert CANARY not in outcome.text
@@ -833,22 +1050,47 @@ def test_after_hf_download_the_run_goes_on_and_no_token_leaves_the_machine(
         ),
         (
             "--config_file launch_configs/gpu.yaml -m loop.train --config demo",
-            "The passed configuration file `launch_configs/gpu.yaml` does not exist. Please pass an existing file",
+            (
+                "The passed configuration file `launch_configs/gpu.yaml` does not exist. Please"
+                " pass an existing file"
+            ),
         ),
         (
-            "--config_file $root/launch_configs/cpu.yaml --learning_rate 1e-4 -m loop.train --config demo",
+            (
+                "--config_file $root/launch_configs/cpu.yaml --learning_rate 1e-4 -m loop.train"
+                " --config demo"
+            ),
             "error: unrecognized arguments: --learning_rate",
         ),
-        ("--config_file $root/launch_configs/cpu.yaml loop.train --config demo", "can't open file '$here/loop.train'"),
-        ("--config_file $root/launch_configs/cpu.yaml -m loop.trian --config demo", "No module named loop.trian"),
+        (
+            "--config_file $root/launch_configs/cpu.yaml loop.train --config demo",
+            "can't open file '$here/loop.train'",
+        ),
+        (
+            "--config_file $root/launch_configs/cpu.yaml -m loop.trian --config demo",
+            "No module named loop.trian",
+        ),
     ],
-    ids=["recipe as a launch file", "no such launch file", "knob before the program", "no -m", "typo in the program"],
+    ids=[
+        "recipe as a launch file",
+        "no such launch file",
+        "knob before the program",
+        "no -m",
+        "typo in the program",
+    ],
 )
-def test_a_mistake_before_the_program_is_answered_by_who_met_it(tmp_path: Path, typed: str, says: str) -> None:
+def test_a_mistake_before_the_program_is_answered_by_who_met_it(
+    tmp_path: Path, typed: str, says: str
+) -> None:
     words = shlex.split(Template(typed).substitute(root=ROOT))
     launcher = launch_words("cpu.yaml", [])[:3]
     done = subprocess.run(
-        [*launcher, *words], cwd=tmp_path, env=user_environment(), capture_output=True, text=True, timeout=60
+        [*launcher, *words],
+        cwd=tmp_path,
+        env=user_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode != 0
     assert Template(says).safe_substitute(here=tmp_path) in done.stderr.rstrip().splitlines()[-1]
@@ -858,7 +1100,11 @@ def test_a_mistake_before_the_program_is_answered_by_who_met_it(tmp_path: Path, 
 def test_without_a_launch_file_it_runs_as_one_process_and_says_so(stage: Stage) -> None:
     with stage.set_for(Mistake("no launch file", "--max_steps 1", 0, ""), "") as (here, typed):
         words = [*launch_words("cpu.yaml", [])[:3], "-m", "loop.train", *typed]
-        done = subprocess.run(words, cwd=here, env=user_environment(), capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            words, cwd=here, env=user_environment(), capture_output=True, text=True, timeout=120
+        )
     assert done.returncode == 0, done.stderr
     assert re.search(r"; cpu, 1 x \d+ threads, precision no$", done.stdout, re.MULTILINE)
-    assert "To avoid this warning pass in values for each of the problematic parameters" in done.stderr  # accelerate's
+    assert (
+        "To avoid this warning pass in values for each of the problematic parameters" in done.stderr
+    )  # accelerate's

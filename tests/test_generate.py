@@ -1,4 +1,5 @@
-"""Text from a run, a checkpoint and a plain model, compared with what plain PEFT and transformers write."""
+"""Text from a run, a checkpoint and a plain model, compared with what plain PEFT and transformers
+write."""
 
 import io
 import json
@@ -46,7 +47,8 @@ def unfinished(settings: Settings, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def generate(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Exit code, stdout and stderr of the command, without the seconds that a new process imports."""
+    """Exit code, stdout and stderr of the command, without the seconds that a new process
+    imports."""
 
     def of(*argv: object) -> tuple[int, str, str]:
         capfd.readouterr()
@@ -59,8 +61,11 @@ def generate(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
 Generate = Callable[..., tuple[int, str, str]]
 
 
-def plain_tokens(model: Path, adapter: Path | None = None, prompt: str = PROMPT, **how: Any) -> list[int]:
-    """The prompt and 12 more tokens by what a user would write in Python; greedy unless `how` says otherwise."""
+def plain_tokens(
+    model: Path, adapter: Path | None = None, prompt: str = PROMPT, **how: Any
+) -> list[int]:
+    """The prompt and 12 more tokens by what a user would write in Python; greedy unless `how` says
+    otherwise."""
     network = AutoModelForCausalLM.from_pretrained(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     if adapter is not None:
@@ -90,33 +95,55 @@ def as_stdin(text: bytes) -> io.TextIOWrapper:
 def process(*argv: str) -> subprocess.Popen[str]:
     words = [sys.executable, "-m", "loop.generate", *argv]
     root = Path(__file__).parent.parent
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipes: dict[str, Any] = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+    }
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.Popen(words, cwd=root, env=environment, text=True, **pipes)
 
 
-def test_text_of_a_run_is_that_of_plain_peft_and_transformers(generate: Generate, trained: Path, bloom: Path) -> None:
+def test_text_of_a_run_is_that_of_plain_peft_and_transformers(
+    generate: Generate, trained: Path, bloom: Path
+) -> None:
     expected = plainly(bloom, trained / "adapter")
     assert generate(trained, "--prompt", PROMPT, "--max_new_tokens", 12) == (0, expected + "\n", "")
-    assert generate(trained / "adapter", "--prompt", PROMPT, "--max-new-tokens=12") == (0, expected + "\n", "")
+    assert generate(trained / "adapter", "--prompt", PROMPT, "--max-new-tokens=12") == (
+        0,
+        expected + "\n",
+        "",
+    )
 
 
 def test_base_is_what_the_run_started_from(generate: Generate, trained: Path, bloom: Path) -> None:
     expected = plainly(bloom)
     assert expected != plainly(bloom, trained / "adapter")
-    assert generate(trained, "--base", "--prompt", PROMPT, "--max_new_tokens", 12) == (0, expected + "\n", "")
+    assert generate(trained, "--base", "--prompt", PROMPT, "--max_new_tokens", 12) == (
+        0,
+        expected + "\n",
+        "",
+    )
     assert generate(bloom, "--prompt", PROMPT, "--max_new_tokens", 12) == (0, expected + "\n", "")
 
 
-def test_checkpoint_is_generated_from_as_it_was(generate: Generate, trained: Path, bloom: Path) -> None:
+def test_checkpoint_is_generated_from_as_it_was(
+    generate: Generate, trained: Path, bloom: Path
+) -> None:
     checkpoint = trained / "checkpoints" / "step-000003"
     expected = plainly(bloom, checkpoint)
     assert expected != plainly(bloom, trained / "adapter")
-    assert generate(checkpoint, "--prompt", PROMPT, "--max_new_tokens", 12) == (0, expected + "\n", "")
+    assert generate(checkpoint, "--prompt", PROMPT, "--max_new_tokens", 12) == (
+        0,
+        expected + "\n",
+        "",
+    )
 
 
 def test_json_line_says_what_was_used(generate: Generate, trained: Path, bloom: Path) -> None:
-    code, out, err = generate(trained, "--json", "--prompt", PROMPT, "--max_new_tokens", 12, "--seed", 7)
+    code, out, err = generate(
+        trained, "--json", "--prompt", PROMPT, "--max_new_tokens", 12, "--seed", 7
+    )
     assert (code, out.count("\n"), err) == (0, 1, "")
     weights = (trained / "adapter" / "adapter_model.safetensors").read_bytes()
     expected = {
@@ -133,17 +160,28 @@ def test_json_line_says_what_was_used(generate: Generate, trained: Path, bloom: 
     }
     assert json.loads(out) == expected
     of_base = json.loads(generate(trained, "--base", "--json", "--prompt", PROMPT)[1])
-    assert (of_base["adapter"], of_base["adapter_sha256"], of_base["completion_tokens"]) == (None, None, 40)
+    assert (of_base["adapter"], of_base["adapter_sha256"], of_base["completion_tokens"]) == (
+        None,
+        None,
+        40,
+    )
 
 
-def test_json_line_of_a_checkpoint_has_the_sha256_of_its_file(generate: Generate, trained: Path) -> None:
+def test_json_line_of_a_checkpoint_has_the_sha256_of_its_file(
+    generate: Generate, trained: Path
+) -> None:
     checkpoint = trained / "checkpoints" / "step-000003"
     answer = json.loads(generate(checkpoint, "--json", "--prompt", PROMPT)[1])
     weights = (checkpoint / "adapter_model.safetensors").read_bytes()
-    assert (answer["adapter"], answer["adapter_sha256"]) == (str(checkpoint), sha256(weights).hexdigest())
+    assert (answer["adapter"], answer["adapter_sha256"]) == (
+        str(checkpoint),
+        sha256(weights).hexdigest(),
+    )
 
 
-def test_above_temperature_zero_the_seed_draws_from_all_tokens(generate: Generate, bloom: Path) -> None:
+def test_above_temperature_zero_the_seed_draws_from_all_tokens(
+    generate: Generate, bloom: Path
+) -> None:
     how = ("--prompt", PROMPT, "--max_new_tokens", 12, "--temperature", 3)
     torch.manual_seed(7)
     expected = plainly(bloom, do_sample=True, temperature=3.0, top_k=0)
@@ -161,7 +199,11 @@ def test_answer_does_not_depend_on_the_prompts_before_it(
     code, out, err = generate(bloom, "--json", "--temperature", 1)
     answers = [json.loads(line) for line in out.splitlines()]
     alone = json.loads(generate(bloom, "--json", "--temperature", 1, "--prompt", "Night")[1])
-    assert (code, err, [answer["prompt"] for answer in answers]) == (0, "", ["Love", "Night", "Love"])
+    assert (code, err, [answer["prompt"] for answer in answers]) == (
+        0,
+        "",
+        ["Love", "Night", "Love"],
+    )
     assert answers[1] == alone
     assert answers[0] == answers[2]
 
@@ -175,7 +217,10 @@ def test_empty_line_ends_the_prompts_and_a_terminal_is_shown_a_mark(
     monkeypatch.setattr(sys, "stdin", stdin)
     monkeypatch.setattr(sys, "stderr", stderr)
     main([str(bloom), "--json"])
-    assert [json.loads(line)["prompt"] for line in capfd.readouterr().out.splitlines()] == ["Love", "Łódź"]
+    assert [json.loads(line)["prompt"] for line in capfd.readouterr().out.splitlines()] == [
+        "Love",
+        "Łódź",
+    ]
     assert stderr.getvalue() == "> > > "
 
 
@@ -184,37 +229,67 @@ def test_text_stops_at_the_end_of_text(generate: Generate, llama: Path, tmp_path
     made = plain_tokens(llama)[len(tokenizer(PROMPT)["input_ids"]) :]
     assert made.index(made[2]) == 2
     third = tokenizer.convert_ids_to_tokens(made[2])
-    ended = changed_copy(llama, tmp_path / "ended", lambda tokenizer: setattr(tokenizer, "eos_token", third))
+    ended = changed_copy(
+        llama, tmp_path / "ended", lambda tokenizer: setattr(tokenizer, "eos_token", third)
+    )
     answer = json.loads(generate(ended, "--json", "--prompt", PROMPT)[1])
     assert (answer["stopped"], answer["completion_tokens"]) == ("end_of_text", 3)
     assert answer["completion"] == tokenizer.decode(made[:2])
 
 
-def test_prompt_goes_on_where_the_tokenizer_ends_every_text(generate: Generate, bloom: Path, tmp_path: Path) -> None:
+def test_prompt_goes_on_where_the_tokenizer_ends_every_text(
+    generate: Generate, bloom: Path, tmp_path: Path
+) -> None:
     def end_every_text(tokenizer: Any) -> None:
         backend = tokenizer.backend_tokenizer
         backend.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
 
     ending = changed_copy(bloom, tmp_path / "ending", end_every_text)
     assert AutoTokenizer.from_pretrained(ending)(PROMPT)["input_ids"][-1] == 2
-    assert generate(ending, "--prompt", PROMPT, "--max_new_tokens", 12) == (0, plainly(bloom) + "\n", "")
+    assert generate(ending, "--prompt", PROMPT, "--max_new_tokens", 12) == (
+        0,
+        plainly(bloom) + "\n",
+        "",
+    )
     assert generate(ending, "--prompt", "")[0] == 2
 
 
-def test_models_own_generation_defaults_do_not_leak_in(generate: Generate, llama: Path, tmp_path: Path) -> None:
+def test_models_own_generation_defaults_do_not_leak_in(
+    generate: Generate, llama: Path, tmp_path: Path
+) -> None:
     own = shutil.copytree(llama, tmp_path / "own")
     path = own / "generation_config.json"
-    leaks = {"do_sample": True, "temperature": 0.6, "top_p": 0.5, "repetition_penalty": 5.0, "min_new_tokens": 3}
-    path.write_text(json.dumps({**json.loads(path.read_text()), **leaks, "bad_words_ids": [[40]], "max_length": 4}))
+    leaks = {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_p": 0.5,
+        "repetition_penalty": 5.0,
+        "min_new_tokens": 3,
+    }
+    path.write_text(
+        json.dumps(
+            {**json.loads(path.read_text()), **leaks, "bad_words_ids": [[40]], "max_length": 4}
+        )
+    )
     assert plainly(own) != plainly(llama)
-    assert generate(own, "--prompt", PROMPT, "--max_new_tokens", 12) == (0, plainly(llama) + "\n", "")
+    assert generate(own, "--prompt", PROMPT, "--max_new_tokens", 12) == (
+        0,
+        plainly(llama) + "\n",
+        "",
+    )
 
 
-def test_unfinished_run_is_its_newest_checkpoint_and_says_so(generate: Generate, unfinished: Path, bloom: Path) -> None:
+def test_unfinished_run_is_its_newest_checkpoint_and_says_so(
+    generate: Generate, unfinished: Path, bloom: Path
+) -> None:
     newest = unfinished / "checkpoints" / "step-000004"
     notice = f"{unfinished}: not finished; this is its newest checkpoint, step-000004\n"
     expected = plainly(bloom, newest)
-    assert generate(unfinished, "--prompt", PROMPT, "--max_new_tokens", 12) == (0, expected + "\n", notice)
+    assert generate(unfinished, "--prompt", PROMPT, "--max_new_tokens", 12) == (
+        0,
+        expected + "\n",
+        notice,
+    )
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
@@ -236,13 +311,23 @@ def test_tampered_adapter_is_refused_with_both_hashes(generate: Generate, traine
     path.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
     found, stated = sha256(path.read_bytes()).hexdigest(), sha256(original).hexdigest()
     words = f"run.json states sha256 {stated}; its training command restores it"
-    assert generate(trained, "--prompt", PROMPT) == (4, "", f"error: {path}: found {found}, {words}\n")
+    assert generate(trained, "--prompt", PROMPT) == (
+        4,
+        "",
+        f"error: {path}: found {found}, {words}\n",
+    )
     assert generate(trained, "--base", "--prompt", PROMPT)[0] == 0
     path.unlink()
-    assert generate(trained, "--prompt", PROMPT) == (4, "", f"error: {path}: found no file, {words}\n")
+    assert generate(trained, "--prompt", PROMPT) == (
+        4,
+        "",
+        f"error: {path}: found no file, {words}\n",
+    )
 
 
-def test_run_without_adapter_and_checkpoint_has_only_its_base(generate: Generate, trained: Path) -> None:
+def test_run_without_adapter_and_checkpoint_has_only_its_base(
+    generate: Generate, trained: Path
+) -> None:
     for name in ("adapter", "checkpoints"):
         shutil.rmtree(trained / name)
     (trained / "run.json").unlink()
@@ -254,7 +339,9 @@ def test_run_without_adapter_and_checkpoint_has_only_its_base(generate: Generate
 def test_base_of_a_run_is_the_commit_that_was_trained_on(trained: Path) -> None:
     path = trained / "config.yaml"  # which names the commit, not the branch that was asked for
     assert find_named_model(str(trained), False).config.model_revision is None
-    path.write_text(path.read_text().replace("model_revision: null", f"model_revision: '{'0' * 40}'"))
+    path.write_text(
+        path.read_text().replace("model_revision: null", f"model_revision: '{'0' * 40}'")
+    )
     assert find_named_model(str(trained), False).config.model_revision == "0" * 40
 
 
@@ -283,7 +370,9 @@ def test_base_that_the_adapter_does_not_fit_is_refused(
     generate: Generate, trained: Path, bloom: Path, llama: Path, tmp_path: Path, other: str
 ) -> None:
     place = llama
-    if other == "deeper bloom":  # the adapter has nothing for its third layer, of which PEFT only warns
+    if (
+        other == "deeper bloom"
+    ):  # the adapter has nothing for its third layer, of which PEFT only warns
         place = shutil.copytree(bloom, tmp_path / "deeper")
         config = bloom_config()
         config.n_layer = 3
@@ -300,16 +389,52 @@ def test_base_that_the_adapter_does_not_fit_is_refused(
     [
         (["--prompt", ""], 2, "--prompt: found '', which has no tokens; expected some text"),
         (["--prompt", "a\udcff"], 2, r"--prompt: found 'a\udcff', expected UTF-8"),
-        (["--prompt", "a", "--max_new_tokens", "300"], 2, "--max_new_tokens 300, the model takes 256 together"),
-        (["--prompt", "a " * 300, "--max_new_tokens", "1"], 2, "tokens and --max_new_tokens 1, the model takes 256"),
-        (["--prompt", "a", "--max_new_tokens", "-3"], 2, "--max_new_tokens: found -3, expected 1 or more"),
-        (["--prompt", "a", "--max_new_tokens", "0"], 2, "--max_new_tokens: found 0, expected 1 or more"),
-        (["--prompt", "a", "--temperature", "-0.5"], 2, "--temperature: found -0.5, expected 0 or more"),
-        (["--prompt", "a", "--temperature", "nan"], 2, "--temperature: found nan, expected 0 or more"),
-        (["--prompt", "a", "--temperature", "inf"], 2, "--temperature: found inf, expected 0 or more"),
+        (
+            ["--prompt", "a", "--max_new_tokens", "300"],
+            2,
+            "--max_new_tokens 300, the model takes 256 together",
+        ),
+        (
+            ["--prompt", "a " * 300, "--max_new_tokens", "1"],
+            2,
+            "tokens and --max_new_tokens 1, the model takes 256",
+        ),
+        (
+            ["--prompt", "a", "--max_new_tokens", "-3"],
+            2,
+            "--max_new_tokens: found -3, expected 1 or more",
+        ),
+        (
+            ["--prompt", "a", "--max_new_tokens", "0"],
+            2,
+            "--max_new_tokens: found 0, expected 1 or more",
+        ),
+        (
+            ["--prompt", "a", "--temperature", "-0.5"],
+            2,
+            "--temperature: found -0.5, expected 0 or more",
+        ),
+        (
+            ["--prompt", "a", "--temperature", "nan"],
+            2,
+            "--temperature: found nan, expected 0 or more",
+        ),
+        (
+            ["--prompt", "a", "--temperature", "inf"],
+            2,
+            "--temperature: found inf, expected 0 or more",
+        ),
         (["--prompt", "a", "--seed", "-1"], 2, "--seed: found -1, expected 0 or more"),
-        (["--prompt", "a", "--seed", "one"], 2, "argument --seed: invalid int value: 'one'; --help lists the flags"),
-        (["--prompt", "a", "--temp", "1"], 2, "unrecognized arguments: --temp 1; --help lists the flags"),
+        (
+            ["--prompt", "a", "--seed", "one"],
+            2,
+            "argument --seed: invalid int value: 'one'; --help lists the flags",
+        ),
+        (
+            ["--prompt", "a", "--temp", "1"],
+            2,
+            "unrecognized arguments: --temp 1; --help lists the flags",
+        ),
     ],
 )
 def test_mistake_is_answered_in_one_sentence(
@@ -344,13 +469,19 @@ def test_name_that_is_nothing_is_refused(
     code, out, err = generate("nobody/nothing", "--prompt", "a")
     assert (code, out) == (6, "")
     assert err.splitlines()[-1].endswith(
-        "or a Hub id that is online or downloaded before: hf download nobody/nothing, then HF_HUB_OFFLINE=1"
+        "or a Hub id that is online or downloaded before: hf download nobody/nothing, then"
+        " HF_HUB_OFFLINE=1"
     )
 
 
-def test_prompt_is_refused_before_the_base_is_loaded(generate: Generate, tokenizer_folder: Path) -> None:
+def test_prompt_is_refused_before_the_base_is_loaded(
+    generate: Generate, tokenizer_folder: Path
+) -> None:
     code, _, err = generate(tokenizer_folder, "--prompt", "a")  # a folder without a model
-    assert (code, err.startswith(f"error: model_name_or_path: no model in {tokenizer_folder}")) == (2, True)
+    assert (code, err.startswith(f"error: model_name_or_path: no model in {tokenizer_folder}")) == (
+        2,
+        True,
+    )
     code, _, err = generate(tokenizer_folder, "--prompt", "")
     assert (code, err.startswith("error: --prompt: ")) == (2, True)
 
@@ -358,13 +489,19 @@ def test_prompt_is_refused_before_the_base_is_loaded(generate: Generate, tokeniz
 def test_mistakes_are_reported_together(generate: Generate) -> None:
     code, _, err = generate("anything", "--seed", -1, "--temperature", -1, "--max_new_tokens", -1)
     assert code == 2
-    assert [line.split(":")[-2].strip() for line in err.splitlines()] == ["--max_new_tokens", "--temperature", "--seed"]
+    assert [line.split(":")[-2].strip() for line in err.splitlines()] == [
+        "--max_new_tokens",
+        "--temperature",
+        "--seed",
+    ]
 
 
 def test_prompts_are_piped_through_and_nothing_else_is_written(trained: Path, bloom: Path) -> None:
     child = process(str(trained), "--json", "--max_new_tokens", "12")
     out, err = child.communicate(f"{PROMPT}\nLove\n", timeout=120)
-    whole = [answer["prompt"] + answer["completion"] for answer in map(json.loads, out.splitlines())]
+    whole = [
+        answer["prompt"] + answer["completion"] for answer in map(json.loads, out.splitlines())
+    ]
     assert (child.returncode, err) == (0, "")
     assert whole == [plainly(bloom, trained / "adapter", prompt) for prompt in (PROMPT, "Love")]
 
@@ -375,7 +512,9 @@ def test_session_answers_at_once_and_ctrl_c_ends_it_with_130(bloom: Path) -> Non
     assert child.stdout is not None
     child.stdin.write(PROMPT + "\n")
     child.stdin.flush()
-    patience = threading.Timer(60, child.kill)  # else an answer that never comes is waited for without end
+    patience = threading.Timer(
+        60, child.kill
+    )  # else an answer that never comes is waited for without end
     patience.start()
     first = child.stdout.read(len(plainly(bloom)) + 1)
     patience.cancel()

@@ -29,7 +29,9 @@ GUIDE = (LOOP / "GUIDE.md").read_text(encoding="utf-8")
 CODE = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
 PROSE, _, TABLE = re.sub(r"```.*?```", "", GUIDE, flags=re.DOTALL).partition("<!-- keys: ")
 WORDS = " ".join(PROSE.split())  # a sum may stand on two lines
-SUMS = re.findall(r"(\(?\d[\d,.()]*(?: [x+/-] [\d(][\d,.()]*)+) = ([\d,.]*\d)(?: ([kMG]B|%))?", WORDS)
+SUMS = re.findall(
+    r"(\(?\d[\d,.()]*(?: [x+/-] [\d(][\d,.()]*)+) = ([\d,.]*\d)(?: ([kMG]B|%))?", WORDS
+)
 UNITS = {"": 1, "%": 1e-2, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 (LINE,) = re.findall(r"```json\n(.*)\n```", GUIDE)
 
@@ -56,7 +58,10 @@ def test_every_name_is_where_the_guide_says(file: str, name: str) -> None:
 
 def test_the_guide_names_a_function_in_every_part_of_the_loop() -> None:
     named = {file for file, _ in re.findall(r"`([\w/]+\.py)::(\w+)`", PROSE)}
-    files = "data/examples data/collate data/order model/loss model/base update/optim train run/heldout run/finish"
+    files = (
+        "data/examples data/collate data/order model/loss model/base update/optim train run/heldout"
+        " run/finish"
+    )
     files += " state/checkpoint state/resume state/ledger"
     assert {f"{name}.py" for name in files.split()} <= named
 
@@ -85,7 +90,9 @@ def test_every_knob_in_the_guide_is_one() -> None:
 
 @pytest.mark.parametrize(("left", "right", "unit"), SUMS)
 def test_a_sum_in_the_guide_is_right(left: str, right: str, unit: str) -> None:
-    left = left.removeprefix("(") if left.count("(") > left.count(")") else left  # opened before the sum
+    left = (
+        left.removeprefix("(") if left.count("(") > left.count(")") else left
+    )  # opened before the sum
     value = eval(left.replace(",", "").replace("x", "*")) / UNITS[unit]
     decimals = len(right.partition(".")[2])
     assert f"{value:,.{decimals}f}" == right
@@ -93,7 +100,9 @@ def test_a_sum_in_the_guide_is_right(left: str, right: str, unit: str) -> None:
 
 def test_the_guide_does_its_arithmetic() -> None:
     assert len(SUMS) >= 30
-    assert WORDS.count(" = ") == len(SUMS) + 9  # two formulas, four values that are given, and the three below
+    assert (
+        WORDS.count(" = ") == len(SUMS) + 9
+    )  # two formulas, four values that are given, and the three below
     for shown, value in re.findall(r"exp\((\d\.\d+)\) = (\d+\.\d)", WORDS):
         assert f"{math.exp(float(shown)):.1f}" == value
     assert WORDS.count("exp(") == 2
@@ -104,7 +113,9 @@ def test_the_guide_does_its_arithmetic() -> None:
 
 def test_parameters_of_the_guide_are_those_of_the_demo() -> None:
     base = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
-    linear = {tuple(p.shape) for name, p in base.named_parameters() if "h.0." in name and p.ndim == 2}
+    linear = {
+        tuple(p.shape) for name, p in base.named_parameters() if "h.0." in name and p.ndim == 2
+    }
     numbers = 4 * sum(rows + columns for rows, columns in linear)
     assert base.num_parameters() == number("2,370,048")
     rows = re.findall(r"^\| r=(\d+), (.+?) \| ([\d,]+) \| 1e-2 \|", PROSE, flags=re.MULTILINE)
@@ -118,7 +129,9 @@ def test_parameters_of_the_guide_are_those_of_the_demo() -> None:
 def test_measured_losses_are_those_of_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     start = "| seed | pretrained base |"
-    (ours,), (theirs,) = ([part.split("\n\n")[0] for part in text.split(start)[1:]] for text in (GUIDE, readme))
+    (ours,), (theirs,) = (
+        [part.split("\n\n")[0] for part in text.split(start)[1:]] for text in (GUIDE, readme)
+    )
     assert ours == theirs
     for shown in ("6.2732", "4.0771", "3.3330", "2b4d526b3b89", "not one byte has changed"):
         assert shown in WORDS
@@ -144,8 +157,16 @@ def test_the_ledger_line_of_the_guide_is_chained_as_it_says() -> None:
     entry = json.loads(LINE)
     body = LINE[: LINE.index(',"hash":')] + "}"
     assert hashlib.sha256(body.encode()).hexdigest() == entry["hash"]
-    rows = dict(re.findall(r"^\| (`\w+`(?:, `\w+`)?) \| (\S[^|]*) \|", PROSE.split("## 7.")[1], flags=re.MULTILINE))
-    named = {name: value for keys, values in rows.items() for name, value in zip(keys.split(", "), values.split(", "))}
+    rows = dict(
+        re.findall(
+            r"^\| (`\w+`(?:, `\w+`)?) \| (\S[^|]*) \|", PROSE.split("## 7.")[1], flags=re.MULTILINE
+        )
+    )
+    named = {
+        name: value
+        for keys, values in rows.items()
+        for name, value in zip(keys.split(", "), values.split(", "))
+    }
     assert [name.strip("`") for name in named] == list(entry)
     assert named.pop("`rows`") == f"{len(entry['rows'])} numbers"
     for name, value in named.items():
@@ -158,7 +179,8 @@ def test_the_ledger_line_of_the_guide_is_chained_as_it_says() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with loop/ and, after one step of the demo, runs/demo, its checkpoint in the adapter's place."""
+    """A folder with loop/ and, after one step of the demo, runs/demo, its checkpoint in the
+    adapter's place."""
     folder = tmp_path_factory.mktemp("guide")
     (folder / "loop").symlink_to(LOOP)
     demo = folder / "runs" / "demo"
@@ -191,7 +213,9 @@ def test_the_code_of_the_guide_runs(
     inputs = names["tokenizer"]("“A good tool", return_tensors="pt")
     with torch.no_grad():
         adapted = names["model"](**inputs).logits
-        plain = AutoModelForCausalLM.from_pretrained("loop/demo/model", dtype="float32")(**inputs).logits
+        plain = AutoModelForCausalLM.from_pretrained("loop/demo/model", dtype="float32")(
+            **inputs
+        ).logits
         exec(CODE[-1], names)
         merged = AutoModelForCausalLM.from_pretrained("runs/demo/merged")(**inputs).logits
     assert (adapted - plain).abs().max() > 0.1

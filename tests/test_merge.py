@@ -50,7 +50,9 @@ def test_merged_model_is_what_peft_computes_and_needs_no_peft(
     plain = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bloom), adapter))
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
     assert (merged - plain).abs().max() < 1e-4
-    assert (merged - logits(AutoModelForCausalLM.from_pretrained(bloom))).abs().max() > 1e-2  # the adapter is in it
+    assert (
+        merged - logits(AutoModelForCausalLM.from_pretrained(bloom))
+    ).abs().max() > 1e-2  # the adapter is in it
     printed = float(out.split("by at most ")[1].split(",")[0])
     assert 0 < printed < 1e-4
     assert "the likeliest token is the same at 32 of 32 places" in out
@@ -64,7 +66,13 @@ def test_what_is_written_is_safetensors_in_the_dtype_asked_for_and_names_no_fold
 ) -> None:
     assert merge(finished, "--output", tmp_path / "merged", "--dtype", "bfloat16")[0] == 0
     files = {path.name for path in (tmp_path / "merged").iterdir()}
-    expected = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    expected = {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert files == expected
     tensors = load_file(tmp_path / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
@@ -89,12 +97,19 @@ def test_adapter_of_a_quantised_run_is_merged_into_the_unquantised_base(
     used = published_settings(bloom, ragged, tmp_path / "run", load_in_4bit=True, max_steps=2)
     run(flags(used), tmp_path / "log")
     assert merge(tmp_path / "run", "--output", tmp_path / "merged")[0] == 0
-    merged, base = load_file(tmp_path / "merged" / "model.safetensors"), load_file(bloom / "model.safetensors")
+    merged, base = (
+        load_file(tmp_path / "merged" / "model.safetensors"),
+        load_file(bloom / "model.safetensors"),
+    )
     moved = {name for name in base if not torch.equal(base[name], merged[name])}
-    assert moved == {f"transformer.h.{layer}.self_attention.query_key_value.weight" for layer in (0, 1)}
+    assert moved == {
+        f"transformer.h.{layer}.self_attention.query_key_value.weight" for layer in (0, 1)
+    }
 
 
-def test_base_s_own_generation_config_comes_along(finished: Path, merge: Merge, tmp_path: Path, bloom: Path) -> None:
+def test_base_s_own_generation_config_comes_along(
+    finished: Path, merge: Merge, tmp_path: Path, bloom: Path
+) -> None:
     merge(finished, "--output", tmp_path / "merged")
     written = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
     own = json.loads((bloom / "generation_config.json").read_text())
@@ -113,7 +128,13 @@ def test_base_s_own_generation_config_comes_along(finished: Path, merge: Merge, 
     ],
 )
 def test_first_mistakes_leave_nothing_behind(
-    words: list[str], code: int, says: str, finished: Path, bloom: Path, merge: Merge, tmp_path: Path
+    words: list[str],
+    code: int,
+    says: str,
+    finished: Path,
+    bloom: Path,
+    merge: Merge,
+    tmp_path: Path,
 ) -> None:
     places = {"finished": finished, "bloom": bloom, "new": tmp_path / "new"}
     found, _, err = merge(*(word.format(**places) for word in words))

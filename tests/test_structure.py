@@ -1,4 +1,5 @@
-"""What a reader may rely on before reading: order of the folders, sizes, owners of packages, a true audit map."""
+"""What a reader may rely on before reading: order of the folders, sizes, owners of packages, a true
+audit map."""
 
 import ast
 import io
@@ -33,14 +34,28 @@ ORDER = [
 COMMANDS = {"finished", "publish", "generate", "merge", "guide_table"}
 """What training never reaches."""
 OWNERS = {  # outside package -> the only files that may import it
-    "peft": {"model/lora", "run/prepare", "run/sample", "finished/named_model", "finished/adapter_check"}
-    | {"publish/send", "guide_table", "model/checksum"},  # prepare, sample, checksum: the name of a type
+    "peft": (
+        {
+            "model/lora",
+            "run/prepare",
+            "run/sample",
+            "finished/named_model",
+            "finished/adapter_check",
+        }
+        | {"publish/send", "guide_table", "model/checksum"}
+    ),  # prepare, sample, checksum: the name of a type
     "bitsandbytes": {"model/quantize", "update/optim"},
     "datasets": {"data/rows", "data/encode", "data/examples"},
     "pydantic": {"config/knobs", "config/command_line", "state/run_json"},
     "typing_extensions": {"state/run_json"},
     "yaml": {"config/command_line", "config/other_trainers", "publish/card"},
-    "huggingface_hub": {"process/anonymous", "publish/hub", "publish/card", "publish/plan", "publish/__main__"},
+    "huggingface_hub": {
+        "process/anonymous",
+        "publish/hub",
+        "publish/card",
+        "publish/plan",
+        "publish/__main__",
+    },
     "httpx2": {"publish/hub"},
     "tqdm": {"run/progress"},
 }
@@ -48,8 +63,13 @@ LIMITS = {"optimizer_step": 45, "train.py": 300, "any function": 60, "reached fr
 
 
 def modules() -> list[str]:
-    """Every file of code, such as `train` and `data/order`; recipes and the demo hold none that training imports."""
-    paths = [path for path in LOOP.rglob("*.py") if path.name != "__init__.py" and "demo" not in path.parts]
+    """Every file of code, such as `train` and `data/order`; recipes and the demo hold none that
+    training imports."""
+    paths = [
+        path
+        for path in LOOP.rglob("*.py")
+        if path.name != "__init__.py" and "demo" not in path.parts
+    ]
     return sorted(path.relative_to(LOOP).with_suffix("").as_posix() for path in paths)
 
 
@@ -69,7 +89,11 @@ def imported(module: str) -> set[str]:
 
 
 def own_imports(module: str) -> set[str]:
-    return {name.removeprefix("loop.").replace(".", "/") for name in imported(module) if name.startswith("loop")}
+    return {
+        name.removeprefix("loop.").replace(".", "/")
+        for name in imported(module)
+        if name.startswith("loop")
+    }
 
 
 def reached(module: str) -> set[str]:
@@ -97,10 +121,16 @@ def test_every_folder_and_file_stands_in_the_order() -> None:
 @pytest.mark.parametrize("module", modules())
 def test_module_imports_only_what_stands_above_it_in_the_order(module: str) -> None:
     allowed = ORDER[: ORDER.index(folder(module))] + [folder(module)] * ("/" in module)
-    light = {"process/command"}  # without torch: a command starts there, before anything else is imported
-    starts = light if module.rpartition("/")[2] in ("train", "generate", "merge", "__main__") else set()
+    light = {
+        "process/command"
+    }  # without torch: a command starts there, before anything else is imported
+    starts = (
+        light if module.rpartition("/")[2] in ("train", "generate", "merge", "__main__") else set()
+    )
     assert {folder(name) for name in own_imports(module) - starts} <= {*allowed}
-    assert own_imports(module) <= {*modules()}, "an import names the module that defines what is imported"
+    assert own_imports(module) <= {*modules()}, (
+        "an import names the module that defines what is imported"
+    )
 
 
 @pytest.mark.parametrize("module", modules())
@@ -110,7 +140,11 @@ def test_no_module_reaches_itself(module: str) -> None:
 
 @pytest.mark.parametrize("package", OWNERS)
 def test_outside_package_is_imported_only_by_its_owner(package: str) -> None:
-    users = {module for module in modules() if any(name.split(".")[0] == package for name in imported(module))}
+    users = {
+        module
+        for module in modules()
+        if any(name.split(".")[0] == package for name in imported(module))
+    }
     assert users == OWNERS[package]
 
 
@@ -153,16 +187,34 @@ def lines_of_code(source: str) -> int:
     words = {
         node.lineno + number
         for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
         for number in range((node.end_lineno or 0) - node.lineno + 1)
     }
-    empty = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-    tokens = [token for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type not in empty]
-    return len({line for token in tokens for line in range(token.start[0], token.end[0] + 1)} - words)
+    empty = {
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENDMARKER,
+    }
+    tokens = [
+        token
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type not in empty
+    ]
+    return len(
+        {line for token in tokens for line in range(token.start[0], token.end[0] + 1)} - words
+    )
 
 
 def test_lines_of_code_are_counted_without_words() -> None:
-    source = '"""Words."""\n\nimport os\n\n# why\nX = (\n    1,  # one\n)\n"""About X."""\nprint(os, X)\n'
+    source = (
+        '"""Words."""\n\nimport os\n\n# why\nX = (\n    1,  # one\n)\n"""About X."""\nprint(os,'
+        " X)\n"
+    )
     assert lines_of_code(source) == 5
 
 
@@ -183,7 +235,9 @@ def audit_map() -> list[tuple[str, str]]:
     """(file, name) of every `file.py::name` in the READMEs."""
     found = []
     for readme in (ROOT / "README.md", LOOP / "README.md"):
-        found += re.findall(r"`((?:tests/|loop/)?[\w/]+\.py)::([\w.]+)`", readme.read_text(encoding="utf-8"))
+        found += re.findall(
+            r"`((?:tests/|loop/)?[\w/]+\.py)::([\w.]+)`", readme.read_text(encoding="utf-8")
+        )
     return found
 
 
@@ -214,4 +268,6 @@ def test_reading_order_names_every_file_once_and_lower_folders_first() -> None:
     assert sorted(rows) == modules()
     assert [folder(row) for row in rows] == sorted((folder(row) for row in rows), key=ORDER.index)
     for place, row in enumerate(rows):
-        assert {name for name in own_imports(row) if folder(name) == folder(row)} <= {*rows[:place]}, row
+        assert {name for name in own_imports(row) if folder(name) == folder(row)} <= {
+            *rows[:place]
+        }, row

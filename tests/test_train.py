@@ -1,4 +1,5 @@
-"""The loop against references it does not share: transformers' own loss in float64, and its own uninterrupted run."""
+"""The loop against references it does not share: transformers' own loss in float64, and its own
+uninterrupted run."""
 
 import json
 import os
@@ -35,35 +36,50 @@ def step_lines(folder: Path | str) -> list[dict[str, Any]]:
 
 
 def texts(dataset: Path | str) -> list[str]:
-    return [json.loads(line)["text"] for line in Path(dataset).read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)["text"] for line in Path(dataset).read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def reference_gradient(
     used: dict[str, Any], adapter: Path, rows: list[int], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """The mean loss over all targets of `rows`, one unpadded row at a time, by transformers' own shift and loss."""
+    """The mean loss over all targets of `rows`, one unpadded row at a time, by transformers' own
+    shift and loss."""
     model = AutoModelForCausalLM.from_pretrained(used["model_name_or_path"], dtype=dtype)
-    model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True, autocast_adapter_dtype=False).to(dtype)
+    model = PeftModel.from_pretrained(
+        model, str(adapter), is_trainable=True, autocast_adapter_dtype=False
+    ).to(dtype)
     tokenizer = AutoTokenizer.from_pretrained(used["model_name_or_path"])
-    ids = [tokenizer(texts(used["dataset_name"])[row])["input_ids"] + [tokenizer.eos_token_id] for row in rows]
+    ids = [
+        tokenizer(texts(used["dataset_name"])[row])["input_ids"] + [tokenizer.eos_token_id]
+        for row in rows
+    ]
     ids = [row[: used["max_length"]] for row in ids]
     targets = sum(len(row) - 1 for row in ids)
     for row in ids:
         tokens = torch.tensor([row])
         logits = model(input_ids=tokens).logits
         with pytest.MonkeyPatch.context() as patch:
-            # transformers' loss lowers logits to float32 with .float(): here that would be the reference's error.
+            # transformers' loss lowers logits to float32 with .float(): here that would be the
+            # reference's error.
             patch.setattr(torch.Tensor, "float", lambda tensor: tensor.to(dtype))
-            mean = model.get_base_model().loss_function(logits=logits, labels=tokens, vocab_size=logits.shape[-1])
+            mean = model.get_base_model().loss_function(
+                logits=logits, labels=tokens, vocab_size=logits.shape[-1]
+            )
         (mean * ((len(row) - 1) / targets)).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
 def gradient_of_second_step(folder: Path) -> dict[str, torch.Tensor]:
-    """With adam_beta1 0 AdamW's first moment is the gradient itself, and the checkpoint holds it."""
+    """With adam_beta1 0 AdamW's first moment is the gradient itself, and the checkpoint holds
+    it."""
     tensors = load_file(folder / "checkpoints" / "step-000002" / "optimizer.safetensors")
     found = {name: tensor for name, tensor in tensors.items() if name.endswith(".exp_avg")}
-    return {name.removesuffix(".exp_avg").replace(".weight", ".default.weight"): t for name, t in found.items()}
+    return {
+        name.removesuffix(".exp_avg").replace(".weight", ".default.weight"): t
+        for name, t in found.items()
+    }
 
 
 def relative_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -98,7 +114,9 @@ def test_gradient_of_a_step_is_that_of_transformers_own_loss(
     run(flags(used), tmp_path / "log", num_processes)
     folder = Path(used["output_dir"])
     second = step_lines(folder)[1]
-    reference = reference_gradient(used, folder / "checkpoints" / "step-000001", second["rows"], torch.float64)
+    reference = reference_gradient(
+        used, folder / "checkpoints" / "step-000001", second["rows"], torch.float64
+    )
     found = gradient_of_second_step(folder)
     assert relative_difference(found, reference) < tolerance
     norm = torch.cat([tensor.double().flatten() for tensor in reference.values()]).norm()
@@ -106,7 +124,9 @@ def test_gradient_of_a_step_is_that_of_transformers_own_loss(
 
 
 @pytest.mark.parametrize(
-    "changed", [{"num_processes": 2}, {"micro_batch_tokens": 128}], ids=["two processes", "another cut"]
+    "changed",
+    [{"num_processes": 2}, {"micro_batch_tokens": 128}],
+    ids=["two processes", "another cut"],
 )
 def test_hundred_steps_have_the_same_rows_and_losses(
     changed: dict[str, int], settings: Settings, tmp_path: Path
@@ -135,7 +155,9 @@ def transformers_loss(model: Any, tokenizer: Any, rows: list[str]) -> float:
     return total / targets
 
 
-def test_adapter_loads_with_peft_and_gives_the_reported_held_out_loss(settings: Settings, tmp_path: Path) -> None:
+def test_adapter_loads_with_peft_and_gives_the_reported_held_out_loss(
+    settings: Settings, tmp_path: Path
+) -> None:
     used = settings(eval_fraction=0.2, max_steps=20)
     run(flags(used), tmp_path / "log")
     folder = Path(used["output_dir"])
@@ -147,7 +169,9 @@ def test_adapter_loads_with_peft_and_gives_the_reported_held_out_loss(settings: 
     evaluations = [line["eval_loss"] for line in ledger(folder) if "eval_loss" in line]
     assert evaluations[0] == pytest.approx(transformers_loss(base, tokenizer, held_out), rel=1e-5)
     adapted = PeftModel.from_pretrained(base, str(folder / "adapter"))
-    assert evaluations[-1] == pytest.approx(transformers_loss(adapted, tokenizer, held_out), rel=1e-5)
+    assert evaluations[-1] == pytest.approx(
+        transformers_loss(adapted, tokenizer, held_out), rel=1e-5
+    )
     assert evaluations[-1] < evaluations[0]
 
 
@@ -159,15 +183,24 @@ def test_each_step_uses_the_rows_that_numpy_draws(settings: Settings, tmp_path: 
     drawn = [row for line in step_lines(used["output_dir"]) for row in line["rows"]]
     heldout = np.random.RandomState([5, 2**32 - 1]).permutation(40)[:5]
     training = np.array([row for row in range(40) if row not in heldout])
-    epochs = [training[np.random.RandomState([5, epoch]).permutation(35)].tolist() for epoch in range(3)]
+    epochs = [
+        training[np.random.RandomState([5, epoch]).permutation(35)].tolist() for epoch in range(3)
+    ]
     assert drawn == epochs[0] + epochs[1] + epochs[2]
     assert [line["epoch"] for line in step_lines(used["output_dir"])] == [0, 0, 0, 1, 1, 2, 2]
 
 
 def test_same_command_twice_gives_the_same_bytes(settings: Settings, tmp_path: Path) -> None:
     for folder in ("a", "b"):
-        run(flags(settings(output_dir=str(tmp_path / folder), eval_fraction=0.1, lora_dropout=0.1)), tmp_path / "log")
-    for file in ("ledger.jsonl", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
+        run(
+            flags(settings(output_dir=str(tmp_path / folder), eval_fraction=0.1, lora_dropout=0.1)),
+            tmp_path / "log",
+        )
+    for file in (
+        "ledger.jsonl",
+        "adapter/adapter_model.safetensors",
+        "adapter/adapter_config.json",
+    ):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
@@ -177,18 +210,24 @@ def test_another_seed_gives_another_run(settings: Settings, tmp_path: Path) -> N
     assert step_lines(tmp_path / "1")[0]["rows"] != step_lines(tmp_path / "2")[0]["rows"]
 
 
-def test_dropout_is_a_function_of_the_step_and_is_applied(settings: Settings, tmp_path: Path) -> None:
+def test_dropout_is_a_function_of_the_step_and_is_applied(
+    settings: Settings, tmp_path: Path
+) -> None:
     dropped = settings(output_dir=str(tmp_path / "dropped"), lora_dropout=0.3, max_steps=3)
     plain = settings(output_dir=str(tmp_path / "plain"), max_steps=3)
     run(flags(dropped), tmp_path / "log")
     run(flags(plain), tmp_path / "log")
-    losses = [[line["loss"] for line in step_lines(used["output_dir"])] for used in (dropped, plain)]
+    losses = [
+        [line["loss"] for line in step_lines(used["output_dir"])] for used in (dropped, plain)
+    ]
     assert losses[0][0] == losses[1][0]  # B is zero: nothing to drop yet
     assert losses[0][2] != losses[1][2]
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_stopping_and_going_on_equals_the_straight_run(num_processes: int, settings: Settings, tmp_path: Path) -> None:
+def test_stopping_and_going_on_equals_the_straight_run(
+    num_processes: int, settings: Settings, tmp_path: Path
+) -> None:
     usual = {
         "lr_scheduler_type": "cosine",
         "warmup_steps": 2,
@@ -206,7 +245,9 @@ def test_stopping_and_going_on_equals_the_straight_run(num_processes: int, setti
 
 
 @pytest.mark.parametrize("first", [1, 2, 3, 4, 5])
-def test_a_resume_at_any_step_equals_the_straight_run(first: int, settings: Settings, tmp_path: Path) -> None:
+def test_a_resume_at_any_step_equals_the_straight_run(
+    first: int, settings: Settings, tmp_path: Path
+) -> None:
     straight = settings(output_dir=str(tmp_path / "straight"), lora_dropout=0.1)
     run(flags(straight), tmp_path / "log")
     parted = settings(output_dir=str(tmp_path / "parted"), lora_dropout=0.1)
@@ -218,7 +259,9 @@ def test_a_resume_at_any_step_equals_the_straight_run(first: int, settings: Sett
 
 def test_bf16_autocast_trains_and_resumes_bit_for_bit(settings: Settings, tmp_path: Path) -> None:
     bf16 = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "true"}
-    straight, parted = (settings(output_dir=str(tmp_path / name)) for name in ("straight", "parted"))
+    straight, parted = (
+        settings(output_dir=str(tmp_path / name)) for name in ("straight", "parted")
+    )
     run(flags(straight), tmp_path / "log", environment=bf16)
     run([*flags(parted), "--stop_after_steps", "2"], tmp_path / "log", environment=bf16)
     run(flags(parted), tmp_path / "log", environment=bf16)
@@ -233,18 +276,26 @@ def test_bf16_autocast_trains_and_resumes_bit_for_bit(settings: Settings, tmp_pa
 def test_a_loss_that_is_not_finite_stops_before_the_adapter_moves(
     llama: Path, settings: Settings, tmp_path: Path
 ) -> None:
-    clean = settings(model_name_or_path=str(llama), save_steps=1, output_dir=str(tmp_path / "clean"))
+    clean = settings(
+        model_name_or_path=str(llama), save_steps=1, output_dir=str(tmp_path / "clean")
+    )
     run([*flags(clean), "--stop_after_steps", "3"], tmp_path / "log")
     rows = step_lines(clean["output_dir"])[2]["rows"]
     before = {row for line in step_lines(clean["output_dir"])[:2] for row in line["rows"]}
     tokenizer = AutoTokenizer.from_pretrained(llama)
     ids = [set(tokenizer(text)["input_ids"][:128]) for text in texts(clean["dataset_name"])]
     poison = min(set.union(*(ids[row] for row in rows)) - set.union(*(ids[row] for row in before)))
-    model = AutoModelForCausalLM.from_pretrained(llama)  # its embedding and its head are two tensors
+    model = AutoModelForCausalLM.from_pretrained(
+        llama
+    )  # its embedding and its head are two tensors
     model.model.embed_tokens.weight.data[poison] = float("nan")
     model.save_pretrained(tmp_path / "poisoned")
     tokenizer.save_pretrained(tmp_path / "poisoned")
-    used = {**clean, "model_name_or_path": str(tmp_path / "poisoned"), "output_dir": str(tmp_path / "run")}
+    used = {
+        **clean,
+        "model_name_or_path": str(tmp_path / "poisoned"),
+        "output_dir": str(tmp_path / "run"),
+    }
     for num_processes in (1, 2):
         launched = start(flags(used), tmp_path / f"log-{num_processes}", num_processes)
         assert launched.wait() == [7] * num_processes
@@ -262,13 +313,26 @@ def test_a_loss_that_is_not_finite_stops_before_the_adapter_moves(
 
 def test_run_on_local_files_opens_no_socket(settings: Settings, tmp_path: Path) -> None:
     words = flags(settings(eval_fraction=0.1, sample_prompt="A good", max_steps=2))
-    # A process of its own, because the libraries read HF_HUB_OFFLINE when they are imported: here it is not set.
+    # A process of its own, because the libraries read HF_HUB_OFFLINE when they are imported: here
+    # it is not set.
     code = "from tests.processes import run_without_network; run_without_network()"
     online = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    done = subprocess.run([sys.executable, "-c", code, *words], env=online, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        env=online,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     words[words.index("--model_name_or_path") + 1] = "nobody/nothing"
-    done = subprocess.run([sys.executable, "-c", code, *words], env=online, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        env=online,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 99  # a Hub id does open one
     assert "used the network" in done.stderr
 
@@ -276,7 +340,9 @@ def test_run_on_local_files_opens_no_socket(settings: Settings, tmp_path: Path) 
 def test_second_run_in_the_same_folder_is_refused_with_five_and_harms_nothing(
     settings: Settings, tmp_path: Path
 ) -> None:
-    straight, shared = (settings(output_dir=str(tmp_path / name), max_steps=60) for name in ("straight", "shared"))
+    straight, shared = (
+        settings(output_dir=str(tmp_path / name), max_steps=60) for name in ("straight", "shared")
+    )
     run(flags(straight), tmp_path / "log")
     first = start(flags(shared), tmp_path / "first")
     ledger_file = Path(shared["output_dir"]) / "ledger.jsonl"
@@ -288,7 +354,9 @@ def test_second_run_in_the_same_folder_is_refused_with_five_and_harms_nothing(
     assert_same_run(Path(shared["output_dir"]), Path(straight["output_dir"]))
 
 
-def test_held_out_loss_that_is_not_finite_ends_with_seven(llama: Path, settings: Settings, tmp_path: Path) -> None:
+def test_held_out_loss_that_is_not_finite_ends_with_seven(
+    llama: Path, settings: Settings, tmp_path: Path
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama)
     model.model.embed_tokens.weight.data.fill_(float("nan"))
     model.save_pretrained(tmp_path / "nan")
@@ -297,7 +365,9 @@ def test_held_out_loss_that_is_not_finite_ends_with_seven(llama: Path, settings:
         used = settings(model_name_or_path=str(tmp_path / "nan"), eval_fraction=0.2)
         launched = start(flags(used), tmp_path / f"log-{num_processes}", num_processes)
         assert launched.wait() == [7] * num_processes
-        assert launched.text().strip().splitlines()[-1].startswith("error: the held-out loss is nan")
+        assert (
+            launched.text().strip().splitlines()[-1].startswith("error: the held-out loss is nan")
+        )
 
 
 def test_resume_compares_with_what_wrote_the_checkpoint_not_with_the_last_start(
@@ -316,17 +386,25 @@ def test_resume_compares_with_what_wrote_the_checkpoint_not_with_the_last_start(
     assert "not bit-exact" not in once_more.text()
 
 
-def test_row_longer_than_the_models_context_is_refused_with_two(gpt2: Path, settings: Settings, tmp_path: Path) -> None:
+def test_row_longer_than_the_models_context_is_refused_with_two(
+    gpt2: Path, settings: Settings, tmp_path: Path
+) -> None:
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"text": "a b c d " * 200}) + "\n")
-    used = settings(model_name_or_path=str(gpt2), dataset_name=str(long), max_length=300, micro_batch_tokens=300)
+    used = settings(
+        model_name_or_path=str(gpt2), dataset_name=str(long), max_length=300, micro_batch_tokens=300
+    )
     launched = start(flags(used), tmp_path / "log")
     assert launched.wait() == [2]
     assert "a row has 300 tokens, the model takes 256" in launched.text().strip().splitlines()[-1]
 
 
-def test_bf16_without_a_gpu_is_refused_unless_the_cpu_is_asked_for(settings: Settings, tmp_path: Path) -> None:
-    launched = start(flags(settings()), tmp_path / "log", environment={"ACCELERATE_MIXED_PRECISION": "bf16"})
+def test_bf16_without_a_gpu_is_refused_unless_the_cpu_is_asked_for(
+    settings: Settings, tmp_path: Path
+) -> None:
+    launched = start(
+        flags(settings()), tmp_path / "log", environment={"ACCELERATE_MIXED_PRECISION": "bf16"}
+    )
     assert launched.wait() == [2]
     assert "bf16 is for a GPU and torch sees none" in launched.text()
 
@@ -337,10 +415,13 @@ def test_gradient_crosses_processes_once_a_step_with_the_loss_behind_it(
     crossed = []
     reduce = Accelerator.reduce
     monkeypatch.setattr(
-        Accelerator, "reduce", lambda self, tensor, *rest: crossed.append(tensor) or reduce(self, tensor, *rest)
+        Accelerator,
+        "reduce",
+        lambda self, tensor, *rest: crossed.append(tensor) or reduce(self, tensor, *rest),
     )
     train(config(max_steps=3))
-    # r=4 on the four linear modules of two layers: 4 x (32 + 96 + 32 + 32 + 32 + 128 + 128 + 32) x 2 = 4,096 numbers.
+    # r=4 on the four linear modules of two layers: 4 x (32 + 96 + 32 + 32 + 32 + 128 + 128 + 32) x
+    # 2 = 4,096 numbers.
     assert [(tensor.numel(), tensor.dtype) for tensor in crossed] == [
         (4101, torch.float32)
     ] * 3  # the loss and four signals
@@ -351,7 +432,9 @@ class Collectives(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            numbers = sum(leaf.numel() for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
+            numbers = sum(
+                leaf.numel() for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)
+            )
             print(f"\n{func.__name__} of {numbers}", flush=True)
         return func(*args, **(kwargs or {}))
 
@@ -364,8 +447,12 @@ def counted(run: Run) -> Run:
 
 
 @pytest.mark.runs
-def test_two_processes_meet_once_before_each_update_whatever_call_it_is(settings: Settings, tmp_path: Path) -> None:
-    launched = start_altered(counted, flags(settings(max_steps=3, eval_fraction=0.1)), tmp_path / "log", 2)
+def test_two_processes_meet_once_before_each_update_whatever_call_it_is(
+    settings: Settings, tmp_path: Path
+) -> None:
+    launched = start_altered(
+        counted, flags(settings(max_steps=3, eval_fraction=0.1)), tmp_path / "log", 2
+    )
     assert launched.wait() == [0, 0], launched.text()
     met = re.findall(r"(?m)^(?:\w+\.default of \d+|update)$", launched.text())
     first = met.index("update")
@@ -383,7 +470,11 @@ def test_moments_of_a_bf16_run_are_float32(settings: Settings, tmp_path: Path) -
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
-    for file in ("ledger.jsonl", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
+    for file in (
+        "ledger.jsonl",
+        "adapter/adapter_model.safetensors",
+        "adapter/adapter_config.json",
+    ):
         assert (found / file).read_bytes() == (expected / file).read_bytes(), file
 
 
@@ -401,7 +492,14 @@ KILLS = Kills()
 def test_killed_at_any_moment_and_resumed_equals_the_uninterrupted_run(
     num_processes: int, settings: Settings, tmp_path: Path
 ) -> None:
-    usual = {"lora_dropout": 0.1, "max_steps": 24, "save_steps": 2, "eval_fraction": 0.1, "eval_steps": 5, "lora_r": 64}
+    usual = {
+        "lora_dropout": 0.1,
+        "max_steps": 24,
+        "save_steps": 2,
+        "eval_fraction": 0.1,
+        "eval_steps": 5,
+        "lora_r": 64,
+    }
     straight = settings(**usual, output_dir=str(tmp_path / "straight"))
     killed = settings(**usual, output_dir=str(tmp_path / "killed"))
     run(flags(straight), tmp_path / "log", num_processes)
@@ -411,7 +509,9 @@ def test_killed_at_any_moment_and_resumed_equals_the_uninterrupted_run(
         lambda before: size(folder / "ledger.jsonl") > before,
         lambda before: bool(list((folder / "checkpoints").glob(".tmp-*"))),
         lambda before: folder.exists(),
-        lambda before: (folder / "metrics.jsonl").exists() and size(folder / "ledger.jsonl") > before + 2000,
+        lambda before: (
+            (folder / "metrics.jsonl").exists() and size(folder / "ledger.jsonl") > before + 2000
+        ),
         lambda before: bool(list((folder / "checkpoints").glob(".tmp-*"))),
         lambda before: bool(list((folder / "checkpoints").glob(".tmp-*/manifest.json"))),
         lambda before: size(folder / "ledger.jsonl") > before,
@@ -425,7 +525,9 @@ def test_killed_at_any_moment_and_resumed_equals_the_uninterrupted_run(
         assert happened, launched.text()
         assert not (folder / "adapter").exists(), "the run ended before it was killed"
         KILLS.all += 1
-        KILLS.after_a_ledger_line += size(folder / "ledger.jsonl") > 0 and len(step_lines_whole(folder)) > 0
+        KILLS.after_a_ledger_line += (
+            size(folder / "ledger.jsonl") > 0 and len(step_lines_whole(folder)) > 0
+        )
         KILLS.while_saving += bool(list((folder / "checkpoints").glob(".tmp-*")))
     run(flags(killed), tmp_path / "log", num_processes)
     assert_same_run(folder, Path(straight["output_dir"]))
@@ -446,7 +548,11 @@ def size(path: Path) -> int:
 
 def step_lines_whole(folder: Path) -> list[str]:
     """Step lines of a ledger that a kill may have torn."""
-    return [line for line in (folder / "ledger.jsonl").read_text().splitlines() if '"target_tokens"' in line]
+    return [
+        line
+        for line in (folder / "ledger.jsonl").read_text().splitlines()
+        if '"target_tokens"' in line
+    ]
 
 
 def test_run_directory_deleted_while_training_ends_at_the_next_save_with_five(
@@ -462,7 +568,9 @@ def test_run_directory_deleted_while_training_ends_at_the_next_save_with_five(
     assert not folder.exists()
 
 
-def test_full_determinism_trains_and_changes_no_bit_on_the_cpu(settings: Settings, tmp_path: Path) -> None:
+def test_full_determinism_trains_and_changes_no_bit_on_the_cpu(
+    settings: Settings, tmp_path: Path
+) -> None:
     for name, asked in (("plain", "false"), ("deterministic", "true")):
         used = settings(output_dir=str(tmp_path / name), full_determinism=asked)
         run(flags(used), tmp_path / "log")

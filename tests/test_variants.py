@@ -1,4 +1,5 @@
-"""Variants of plain LoRA: gradient checkpointing, rsLoRA and DoRA, each against what it must equal."""
+"""Variants of plain LoRA: gradient checkpointing, rsLoRA and DoRA, each against what it must
+equal."""
 
 import json
 from collections.abc import Callable
@@ -34,10 +35,16 @@ Settings = Callable[..., dict[str, Any]]
 pytestmark = [
     pytest.mark.runs,
     # PEFT's own remark about GPT-2, whose linear modules are transposed; it does what it says.
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`"),
+    pytest.mark.filterwarnings(
+        "ignore:fan_in_fan_out is set to False but the target module is `Conv1D`"
+    ),
 ]
 FAMILIES = ("bloom", "llama", "gpt2")
-CHECKPOINTED, RSLORA, DORA = {"gradient_checkpointing": True}, {"use_rslora": True, "lora_alpha": 8}, {"use_dora": True}
+CHECKPOINTED, RSLORA, DORA = (
+    {"gradient_checkpointing": True},
+    {"use_rslora": True, "lora_alpha": 8},
+    {"use_dora": True},
+)
 VARIANTS = {
     "plain": {"lora_alpha": 16},
     "checkpointed": {"lora_alpha": 16, **CHECKPOINTED},
@@ -73,7 +80,8 @@ def knobs(bases: dict[str, Path], ragged: Path) -> Settings:
 
 @pytest.fixture(scope="module")
 def runs(knobs: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every variant of each family, six steps in this process; some again in two parts, in processes of their own."""
+    """Every variant of each family, six steps in this process; some again in two parts, in
+    processes of their own."""
     folder = tmp_path_factory.mktemp("runs")
 
     def part(family: str, variant: str, **changed: Any) -> Launched:
@@ -86,14 +94,21 @@ def runs(knobs: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
         first = [part(family, variant, stop_after_steps=3) for variant in parted]
         for variant, changed in VARIANTS.items():
             train(Config(**knobs(family, folder / f"{family}-{variant}", **changed)))
-        assert [one.wait() for one in first] == [[0]] * len(parted), "".join(one.text() for one in first)
+        assert [one.wait() for one in first] == [[0]] * len(parted), "".join(
+            one.text() for one in first
+        )
         second = [part(family, variant) for variant in parted]
-        assert [one.wait() for one in second] == [[0]] * len(parted), "".join(one.text() for one in second)
+        assert [one.wait() for one in second] == [[0]] * len(parted), "".join(
+            one.text() for one in second
+        )
     return folder
 
 
 def without_hashes(folder: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key not in ("prev", "hash")} for line in ledger(folder)]
+    return [
+        {key: value for key, value in line.items() if key not in ("prev", "hash")}
+        for line in ledger(folder)
+    ]
 
 
 def state(folder: Path) -> bytes:
@@ -104,7 +119,9 @@ def state(folder: Path) -> bytes:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("plain", "variant"), [("plain", "checkpointed"), ("dora", "dora-checkpointed")])
+@pytest.mark.parametrize(
+    ("plain", "variant"), [("plain", "checkpointed"), ("dora", "dora-checkpointed")]
+)
 def test_gradient_checkpointing_is_the_plain_run_bit_for_bit_with_dropout_too(
     runs: Path, family: str, plain: str, variant: str
 ) -> None:
@@ -119,13 +136,19 @@ def test_gradient_checkpointing_is_the_plain_run_bit_for_bit_with_dropout_too(
 def test_rslora_at_alpha_8_is_plain_lora_at_alpha_16_where_r_is_4(runs: Path, family: str) -> None:
     plain, other = runs / f"{family}-plain", runs / f"{family}-rslora"
     assert without_hashes(other) == without_hashes(plain)
-    assert (other / "ledger.jsonl").read_bytes() != (plain / "ledger.jsonl").read_bytes()  # it is another run
-    weights = [(folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (other, plain)]
+    assert (other / "ledger.jsonl").read_bytes() != (
+        plain / "ledger.jsonl"
+    ).read_bytes()  # it is another run
+    weights = [
+        (folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (other, plain)
+    ]
     assert weights[0] == weights[1]
     assert state(other) == state(plain)
 
 
-def test_rslora_at_the_same_alpha_is_not_plain_lora(knobs: Settings, tmp_path: Path, runs: Path) -> None:
+def test_rslora_at_the_same_alpha_is_not_plain_lora(
+    knobs: Settings, tmp_path: Path, runs: Path
+) -> None:
     used = Config(**knobs("bloom", tmp_path / "run", lora_alpha=16, use_rslora=True))
     train(used)
     assert without_hashes(tmp_path / "run")[3] != without_hashes(runs / "bloom-plain")[3]
@@ -150,8 +173,12 @@ def test_dora_trains_and_saves_a_magnitude_for_every_adapted_module_and_leaves_t
     assert len(magnitudes) * 3 == len(trained)
     for name in magnitudes:
         module = model.get_submodule(name.removesuffix(".lora_magnitude_vector")).base_layer
-        weight = module.weight if family != "gpt2" else module.weight.T  # GPT-2's are stored transposed
-        assert torch.allclose(start_at[name], torch.linalg.vector_norm(weight, dim=1))  # one for each output
+        weight = (
+            module.weight if family != "gpt2" else module.weight.T
+        )  # GPT-2's are stored transposed
+        assert torch.allclose(
+            start_at[name], torch.linalg.vector_norm(weight, dim=1)
+        )  # one for each output
     checksum = base_checksum(model)
     assert json.loads((folder / "run.json").read_bytes())["identity"]["base_checksum"] == checksum
 
@@ -187,10 +214,14 @@ def test_gradient_of_a_step_is_that_of_transformers_own_loss(
         for name, tensor in tensors.items()
         if name.endswith(".exp_avg")
     }
-    assert any("lora_magnitude_vector" in name for name in found) == ("use_dora" in VARIANTS[variant])
+    assert any("lora_magnitude_vector" in name for name in found) == (
+        "use_dora" in VARIANTS[variant]
+    )
     reference = reference_gradient(used, checkpoints / "step-000001", second["rows"], torch.float64)
     # BLOOM's softmax is float32 whatever the dtype.
-    assert relative_difference(found, reference) < (tolerance or (1e-7 if family == "bloom" else 1e-12))
+    assert relative_difference(found, reference) < (
+        tolerance or (1e-7 if family == "bloom" else 1e-12)
+    )
 
 
 # What all of them leave
@@ -198,10 +229,16 @@ def test_gradient_of_a_step_is_that_of_transformers_own_loss(
 
 @pytest.mark.parametrize(
     ("family", "variant"),
-    [(family, variant) for family in ("bloom", "llama") for variant in ("checkpointed", "rslora", "dora")]
+    [
+        (family, variant)
+        for family in ("bloom", "llama")
+        for variant in ("checkpointed", "rslora", "dora")
+    ]
     + [("gpt2", "dora")],
 )
-def test_ended_early_and_resumed_it_is_the_straight_run_bit_for_bit(runs: Path, family: str, variant: str) -> None:
+def test_ended_early_and_resumed_it_is_the_straight_run_bit_for_bit(
+    runs: Path, family: str, variant: str
+) -> None:
     straight, parted = runs / f"{family}-{variant}", runs / f"{family}-{variant}-parted"
     assert outcome(parted) == outcome(straight)
     assert state(parted) == state(straight)
@@ -210,12 +247,21 @@ def test_ended_early_and_resumed_it_is_the_straight_run_bit_for_bit(runs: Path, 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_adapters_config_is_read_by_peft_as_it_was_asked_for(runs: Path, family: str, variant: str) -> None:
+def test_the_adapters_config_is_read_by_peft_as_it_was_asked_for(
+    runs: Path, family: str, variant: str
+) -> None:
     asked = VARIANTS[variant]
     found = LoraConfig.from_pretrained(str(runs / f"{family}-{variant}" / "adapter"))
-    assert (found.use_rslora, found.use_dora) == (asked.get("use_rslora", False), asked.get("use_dora", False))
+    assert (found.use_rslora, found.use_dora) == (
+        asked.get("use_rslora", False),
+        asked.get("use_dora", False),
+    )
     assert (found.r, found.lora_alpha, found.lora_dropout) == (4, asked.get("lora_alpha", 32), 0.1)
-    assert (found.target_modules, found.bias, found.task_type) == (MODULES[family], "none", "CAUSAL_LM")
+    assert (found.target_modules, found.bias, found.task_type) == (
+        MODULES[family],
+        "none",
+        "CAUSAL_LM",
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -14,12 +14,13 @@ from pydantic.dataclasses import dataclass
 ResumeRole = Literal["identity", "resolved", "announced", "free"]
 """What another value means when a run is resumed.
 
-identity: refused. resolved: a spelling; what it resolves to is in the identity. announced: allowed, recorded, and
-"not bit-exact from step N" is said. free: changes no number of the run."""
+identity: refused. resolved: a spelling; what it resolves to is in the identity. announced: allowed,
+recorded, and "not bit-exact from step N" is said. free: changes no number of the run."""
 
 
 def knob(default: Any, resume: ResumeRole, help: str, **limits: float) -> Any:
-    """A field with its default (... for none), its meaning for a resume, its help text and pydantic's limits."""
+    """A field with its default (... for none), its meaning for a resume, its help text and
+    pydantic's limits."""
     field: Any = Field  # mypy cannot match its overloads to forwarded limits
     return field(default, description=help, json_schema_extra={"resume": resume}, **limits)
 
@@ -31,81 +32,160 @@ class Config:
     Raises: pydantic.ValidationError, a ValueError, that lists every knob out of its range."""
 
     # What is trained.
-    model_name_or_path: str = knob(..., "resolved", "Hub id or folder of the base model (safetensors)")
-    model_revision: str | None = knob(None, "resolved", "branch, tag or commit of the base on the Hub")
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = knob(
-        None, "resolved", "of the frozen base; default float32 on CPU, bfloat16 on a GPU (float16 if it has none)"
+    model_name_or_path: str = knob(
+        ..., "resolved", "Hub id or folder of the base model (safetensors)"
     )
-    load_in_4bit: bool = knob(False, "identity", "quantise the base: nf4, double quantisation, products in dtype")
+    model_revision: str | None = knob(
+        None, "resolved", "branch, tag or commit of the base on the Hub"
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = knob(
+        None,
+        "resolved",
+        "of the frozen base; default float32 on CPU, bfloat16 on a GPU (float16 if it has none)",
+    )
+    load_in_4bit: bool = knob(
+        False, "identity", "quantise the base: nf4, double quantisation, products in dtype"
+    )
     load_in_8bit: bool = knob(False, "identity", "quantise the base: LLM.int8()")
     lora_r: int = knob(16, "identity", "rank of the update of each target module", ge=1)
     lora_alpha: int = knob(32, "identity", "the update is scaled by lora_alpha / lora_r", ge=1)
-    lora_dropout: float = knob(0.0, "identity", "share of a LoRA input zeroed in training", ge=0, lt=1)
-    lora_target_modules: tuple[str, ...] | None = knob(None, "identity", "names, or all-linear; default PEFT's own")
+    lora_dropout: float = knob(
+        0.0, "identity", "share of a LoRA input zeroed in training", ge=0, lt=1
+    )
+    lora_target_modules: tuple[str, ...] | None = knob(
+        None, "identity", "names, or all-linear; default PEFT's own"
+    )
     use_rslora: bool = knob(False, "identity", "scale by lora_alpha / sqrt(lora_r) instead")
-    use_dora: bool = knob(False, "identity", "train the magnitude of each weight column apart (DoRA)")
-    gradient_checkpointing: bool = knob(False, "announced", "recompute activations in backward: memory for time")
+    use_dora: bool = knob(
+        False, "identity", "train the magnitude of each weight column apart (DoRA)"
+    )
+    gradient_checkpointing: bool = knob(
+        False, "announced", "recompute activations in backward: memory for time"
+    )
 
     # What it is trained on.
     dataset_name: str = knob(
-        ..., "resolved", "Hub id, or a local .json .jsonl .csv .parquet or .txt file, or a folder of some"
+        ...,
+        "resolved",
+        "Hub id, or a local .json .jsonl .csv .parquet or .txt file, or a folder of some",
     )
     dataset_config: str | None = knob(None, "resolved", "the Hub dataset's configuration")
-    dataset_revision: str | None = knob(None, "resolved", "branch, tag or commit of the dataset on the Hub")
-    dataset_train_split: str = knob("train", "resolved", "split to train on, such as train or train[:1000]")
-    dataset_test_split: str | None = knob(None, "resolved", "split to hold out whole, instead of eval_fraction")
-    eval_fraction: float = knob(0.0, "identity", "share of the rows held out, drawn by seed", ge=0, lt=1)
+    dataset_revision: str | None = knob(
+        None, "resolved", "branch, tag or commit of the dataset on the Hub"
+    )
+    dataset_train_split: str = knob(
+        "train", "resolved", "split to train on, such as train or train[:1000]"
+    )
+    dataset_test_split: str | None = knob(
+        None, "resolved", "split to hold out whole, instead of eval_fraction"
+    )
+    eval_fraction: float = knob(
+        0.0, "identity", "share of the rows held out, drawn by seed", ge=0, lt=1
+    )
     dataset_text_field: str = knob("text", "identity", "the column that holds the text")
-    text_template: str | None = knob(None, "identity", "text of a row, such as '{quote} - {author}'")
-    prompt_template: str | None = knob(None, "identity", "with completion_template: read, never a target")
-    completion_template: str | None = knob(None, "identity", "with prompt_template: the only targets")
+    text_template: str | None = knob(
+        None, "identity", "text of a row, such as '{quote} - {author}'"
+    )
+    prompt_template: str | None = knob(
+        None, "identity", "with completion_template: read, never a target"
+    )
+    completion_template: str | None = knob(
+        None, "identity", "with prompt_template: the only targets"
+    )
     max_length: int = knob(512, "identity", "tokens per row, end-of-text included", ge=2)
-    truncation: Literal["truncate", "drop", "error"] = knob("truncate", "identity", "what happens to longer rows")
+    truncation: Literal["truncate", "drop", "error"] = knob(
+        "truncate", "identity", "what happens to longer rows"
+    )
 
     # How it is trained.
-    seed: int = knob(42, "identity", "of the split, the order, LoRA's start and dropout", ge=0, lt=2**32)
-    global_batch_size: int = knob(32, "identity", "rows per optimizer step, over all processes", ge=1)
-    micro_batch_tokens: Annotated[int, Field(ge=2)] | Literal["auto"] = knob(
-        2048, "announced", "tokens in one forward of one process, padding included; auto: halved until it fits"
+    seed: int = knob(
+        42, "identity", "of the split, the order, LoRA's start and dropout", ge=0, lt=2**32
     )
-    padding_free: bool = knob(True, "resolved", "rows end to end instead of padded, where hidden states stay the same")
-    fused_loss: bool = knob(True, "announced", "each logit computed once, with its gradient; false: twice, in chunks")
-    num_train_epochs: float = knob(3.0, "identity", "passes over the rows; fractions are allowed", gt=0)
-    max_steps: int | None = knob(None, "identity", "optimizer steps; replaces num_train_epochs", ge=1)
+    global_batch_size: int = knob(
+        32, "identity", "rows per optimizer step, over all processes", ge=1
+    )
+    micro_batch_tokens: Annotated[int, Field(ge=2)] | Literal["auto"] = knob(
+        2048,
+        "announced",
+        "tokens in one forward of one process, padding included; auto: halved until it fits",
+    )
+    padding_free: bool = knob(
+        True, "resolved", "rows end to end instead of padded, where hidden states stay the same"
+    )
+    fused_loss: bool = knob(
+        True, "announced", "each logit computed once, with its gradient; false: twice, in chunks"
+    )
+    num_train_epochs: float = knob(
+        3.0, "identity", "passes over the rows; fractions are allowed", gt=0
+    )
+    max_steps: int | None = knob(
+        None, "identity", "optimizer steps; replaces num_train_epochs", ge=1
+    )
     learning_rate: float = knob(2e-4, "identity", "the schedule's peak, per update", gt=0)
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = knob("linear", "identity", "shape after warm-up")
-    warmup_steps: float = knob(0.0, "identity", "steps from 0 to the peak; below 1 a share of the run", ge=0)
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = knob(
+        "linear", "identity", "shape after warm-up"
+    )
+    warmup_steps: float = knob(
+        0.0, "identity", "steps from 0 to the peak; below 1 a share of the run", ge=0
+    )
     optim: Literal["adamw_torch", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = knob(
-        "adamw_torch", "identity", "AdamW; its moments in 8 bits, or paged out when the GPU's memory is short"
+        "adamw_torch",
+        "identity",
+        "AdamW; its moments in 8 bits, or paged out when the GPU's memory is short",
     )
     weight_decay: float = knob(0.0, "identity", "decoupled, on adapter tensors only", ge=0)
     adam_beta1: float = knob(0.9, "identity", "decay of the mean of gradients", ge=0, lt=1)
-    adam_beta2: float = knob(0.999, "identity", "decay of the mean of squared gradients", ge=0, lt=1)
+    adam_beta2: float = knob(
+        0.999, "identity", "decay of the mean of squared gradients", ge=0, lt=1
+    )
     adam_epsilon: float = knob(1e-8, "identity", "added to the root of the second moment", gt=0)
-    max_grad_norm: float = knob(1.0, "identity", "the gradient's norm is cut to this; 0 leaves it", ge=0)
-    full_determinism: bool = knob(False, "announced", "deterministic kernels; set for CUDA, not yet run there")
+    max_grad_norm: float = knob(
+        1.0, "identity", "the gradient's norm is cut to this; 0 leaves it", ge=0
+    )
+    full_determinism: bool = knob(
+        False, "announced", "deterministic kernels; set for CUDA, not yet run there"
+    )
 
     # What is written, and when.
     output_dir: str = knob(..., "free", "the run's folder")
-    save_steps: int = knob(100, "free", "steps between checkpoints; the last step has one too", ge=1)
-    save_total_limit: int = knob(2, "free", "checkpoints kept; two, so that one is always whole", ge=2)
-    eval_steps: int | None = knob(None, "identity", "steps between held-out losses; always first and last", ge=1)
-    logging_steps: int = knob(10, "free", "steps between lines where there is no progress bar", ge=1)
-    stop_after_steps: int | None = knob(None, "free", "end this command after that many steps", ge=1)
+    save_steps: int = knob(
+        100, "free", "steps between checkpoints; the last step has one too", ge=1
+    )
+    save_total_limit: int = knob(
+        2, "free", "checkpoints kept; two, so that one is always whole", ge=2
+    )
+    eval_steps: int | None = knob(
+        None, "identity", "steps between held-out losses; always first and last", ge=1
+    )
+    logging_steps: int = knob(
+        10, "free", "steps between lines where there is no progress bar", ge=1
+    )
+    stop_after_steps: int | None = knob(
+        None, "free", "end this command after that many steps", ge=1
+    )
     resume_from_checkpoint: str = knob("auto", "free", "auto, none, or a checkpoint of output_dir")
-    sample_prompt: str | None = knob(None, "free", "continued by the base before and the adapter after")
+    sample_prompt: str | None = knob(
+        None, "free", "continued by the base before and the adapter after"
+    )
 
     @field_validator("*", mode="before")
     @classmethod
     def _read_text(cls, value: Any, info: Any) -> Any:
-        """What a flag or YAML 1.1 can only say as text: none, a list; and a YAML `yes` is no number."""
+        """What a flag or YAML 1.1 can only say as text: none, a list; and a YAML `yes` is no
+        number."""
         expected = TYPES[info.field_name]
-        if type(None) in typing.get_args(expected) and isinstance(value, str) and value.lower() in ("none", "null"):
+        if (
+            type(None) in typing.get_args(expected)
+            and isinstance(value, str)
+            and value.lower() in ("none", "null")
+        ):
             return None
         if tuple[str, ...] in typing.get_args(expected) and isinstance(value, (str, list, tuple)):
             names = value.split(",") if isinstance(value, str) else value
             return tuple(sorted({str(name).strip() for name in names}))
-        if info.field_name in ("model_name_or_path", "dataset_name") and str(value).startswith(("./", "../")):
+        if info.field_name in ("model_name_or_path", "dataset_name") and str(value).startswith(
+            ("./", "../")
+        ):
             return os.path.abspath(value)  # in RUN/config.yaml it would be relative to RUN
         if info.field_name == "output_dir" and str(value).strip()[:1] in ("", "~"):
             raise ValueError("expected a folder, its ~ replaced")
@@ -118,8 +198,15 @@ class Config:
     def _check_template(cls, template: str | None, info: Any) -> str | None:
         try:
             (template or "").format_map(collections.defaultdict(str))
-            columns = [parts[1:3] for parts in string.Formatter().parse(template or "") if parts[1] is not None]
-            if any(str(name).isdigit() or set(".[{") & {*str(name), *(spec or "")} for name, spec in columns):
+            columns = [
+                parts[1:3]
+                for parts in string.Formatter().parse(template or "")
+                if parts[1] is not None
+            ]
+            if any(
+                str(name).isdigit() or set(".[{") & {*str(name), *(spec or "")}
+                for name, spec in columns
+            ):
                 raise ValueError
         except (ValueError, LookupError, AttributeError) as error:
             raise ValueError("expected plain columns such as {quote}") from error
@@ -141,7 +228,9 @@ class Config:
 
     def knobs(self, *roles: ResumeRole) -> dict[str, Any]:
         """The knobs whose meaning for a resume is one of `roles`, as JSON values."""
-        wanted = {name for name, field in FIELDS.items() if field.json_schema_extra["resume"] in roles}
+        wanted = {
+            name for name, field in FIELDS.items() if field.json_schema_extra["resume"] in roles
+        }
         return {name: value for name, value in knob_values(self).items() if name in wanted}
 
 
@@ -153,7 +242,10 @@ FIELDS: dict[str, Any] = {field.name: field.default for field in dataclasses.fie
 def _contradictions(config: Config) -> Iterator[str]:
     """What is wrong between knobs that are each in range."""
     if config.max_steps is not None and config.warmup_steps > config.max_steps:
-        yield f"warmup_steps: {config.warmup_steps:g} is longer than the run, max_steps {config.max_steps}"
+        yield (
+            f"warmup_steps: {config.warmup_steps:g} is longer than the run, max_steps"
+            f" {config.max_steps}"
+        )
     if (config.prompt_template is None) != (config.completion_template is None):
         yield "prompt_template, completion_template: one is given, both are needed"
     if config.prompt_template is not None and config.text_template is not None:
@@ -163,7 +255,9 @@ def _contradictions(config: Config) -> Iterator[str]:
     if config.load_in_4bit and config.load_in_8bit:
         yield "load_in_4bit, load_in_8bit: both are given; choose one"
     if config.use_dora and config.load_in_8bit:
-        yield "use_dora: with load_in_8bit PEFT 0.21 loses the scales of the base; write load_in_4bit"
+        yield (
+            "use_dora: with load_in_8bit PEFT 0.21 loses the scales of the base; write load_in_4bit"
+        )
     if config.dtype == "float64" and config.base_bits < 16:
         yield "dtype: float64 with a quantised base, which computes in float32 or less"
 
@@ -171,4 +265,6 @@ def _contradictions(config: Config) -> Iterator[str]:
 def knob_values(config: Config) -> dict[str, Any]:
     """Knobs as JSON and YAML values."""
     values = {name: getattr(config, name) for name in FIELDS}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
+    }

@@ -20,7 +20,7 @@ class Grid(NamedTuple):
 
     rows: int
     width: int  # tokens of the longest of them
-    positions: Tensor  # (tokens of the rows,) int64: where each stands in the rectangle, counted row by row
+    positions: Tensor  # (tokens of the rows,) int64: where each is in the rectangle, row by row
 
     def pad(self, values: Tensor) -> Tensor:
         """(tokens, ...) -> (rows, width, ...), zero at padding."""
@@ -44,9 +44,10 @@ class Grid(NamedTuple):
 class Batch(NamedTuple):
     """One micro-batch: its rows end to end, T tokens, without padding; N of them have a target.
 
-    The field is called `targets`, not `labels`: it is already shifted, and a model's `labels` argument would shift it
-    a second time. Everything is laid out on the host, so that no forward waits for a count from the GPU. NamedTuples,
-    so that torch's loader pins them without a line of ours."""
+    The field is called `targets`, not `labels`: it is already shifted, and a model's `labels`
+    argument would shift it a second time. Everything is laid out on the host, so that no forward
+    waits for a count from the GPU. NamedTuples, so that torch's loader pins them without a line of
+    ours."""
 
     input_ids: Tensor  # (T,) int64
     target_positions: Tensor  # (N,) int64: the positions that have a target, ascending
@@ -59,7 +60,13 @@ class Batch(NamedTuple):
         return torch.cat([grid.positions % grid.width for grid in self.grids])
 
     def to(self, device: torch.device) -> "Batch":
-        """Copy to `device`; asynchronous from pinned memory, because the stream orders what follows."""
-        input_ids, target_positions, targets = (field.to(device, non_blocking=True) for field in self[:3])
-        grids = [grid._replace(positions=grid.positions.to(device, non_blocking=True)) for grid in self.grids]
+        """Copy to `device`; asynchronous from pinned memory, because the stream orders what
+        follows."""
+        input_ids, target_positions, targets = (
+            field.to(device, non_blocking=True) for field in self[:3]
+        )
+        grids = [
+            grid._replace(positions=grid.positions.to(device, non_blocking=True))
+            for grid in self.grids
+        ]
         return Batch(input_ids, target_positions, targets, grids)

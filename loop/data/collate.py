@@ -1,4 +1,5 @@
-"""Examples -> one Batch, rows end to end. Targets are shifted here, and nowhere else in the project."""
+"""Examples -> one Batch, rows end to end. Targets are shifted here, and nowhere else in the
+project."""
 
 from collections.abc import Sequence
 
@@ -14,9 +15,9 @@ NOTHING = Example([0], 0)
 def collate(examples: Sequence[Example], padding_free: bool) -> Batch:
     """Lay the rows end to end and shift: the target of a position is the token behind it.
 
-    A token is a target if it stands at or after the example's `target_start` and is not its row's first, which
-    nothing precedes. No token value means anything here, so a real end-of-text is a target even where the pad token
-    is the same token.
+    A token is a target if it stands at or after the example's `target_start` and is not its row's
+    first, which nothing precedes. No token value means anything here, so a real end-of-text is a
+    target even where the pad token is the same token.
 
     Shapes: T is the sum of the lengths, N the number of targets; (1,) and (0,) for no examples."""
     examples = examples or [NOTHING]
@@ -36,9 +37,11 @@ def collate(examples: Sequence[Example], padding_free: bool) -> Batch:
 
 
 def _grids(lengths: list[int], padding_free: bool) -> list[Grid]:
-    """One grid for padded rows; else a new one where a row is shorter than two thirds of its grid's first, or longer.
+    """One grid for padded rows; else a new one where a row is shorter than two thirds of its grid's
+    first, or longer.
 
-    Attention is computed on these, so rows that come sorted cost it few kernels and little padding."""
+    Attention is computed on these, so rows that come sorted cost it few kernels and little
+    padding."""
     starts = [0]
     for row, length in enumerate(lengths):
         first = lengths[starts[-1]]
@@ -47,6 +50,8 @@ def _grids(lengths: list[int], padding_free: bool) -> list[Grid]:
     grids = []
     for start, end in zip(starts, [*starts[1:], len(lengths)]):
         width = max(lengths[start:end])
-        positions = np.concatenate([row * width + np.arange(n) for row, n in enumerate(lengths[start:end])])
+        positions = np.concatenate(
+            [row * width + np.arange(n) for row, n in enumerate(lengths[start:end])]
+        )
         grids.append(Grid(end - start, width, torch.from_numpy(positions)))
     return grids

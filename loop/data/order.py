@@ -1,4 +1,5 @@
-"""Which rows a step uses, and how they are cut and dealt to processes: pure functions of the step's number."""
+"""Which rows a step uses, and how they are cut and dealt to processes: pure functions of the step's
+number."""
 
 import functools
 import math
@@ -7,11 +8,15 @@ from fractions import Fraction
 import numpy as np
 
 ORDER_VERSION = 1
-"""Names the rule below in `run.json`. numpy froze RandomState's stream, so it can be computed again years later."""
+"""Names the rule below in `run.json`. numpy froze RandomState's stream, so it can be computed again
+years later."""
 
 
-def num_positions(num_rows: int, num_train_epochs: float, max_steps: int | None, global_batch_size: int) -> int:
-    """Rows drawn over the whole run, repeats over epochs counted; a fraction of an epoch is rounded up."""
+def num_positions(
+    num_rows: int, num_train_epochs: float, max_steps: int | None, global_batch_size: int
+) -> int:
+    """Rows drawn over the whole run, repeats over epochs counted; a fraction of an epoch is rounded
+    up."""
     if max_steps is not None:
         return max_steps * global_batch_size
     return math.ceil(Fraction(str(num_train_epochs)) * num_rows)
@@ -24,35 +29,46 @@ def num_steps(positions: int, global_batch_size: int) -> int:
 
 @functools.lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
-    """The order of one epoch. Two are kept, because a step may straddle two epochs (8 bytes a row each)."""
+    """The order of one epoch. Two are kept, because a step may straddle two epochs (8 bytes a row
+    each)."""
     return np.random.RandomState([seed, epoch]).permutation(num_rows)
 
 
-def draw(step: int, num_rows: int, positions: int, global_batch_size: int, seed: int) -> tuple[int, np.ndarray]:
-    """The epoch of a step's first row, and its rows (positions in the training examples) in drawn order.
+def draw(
+    step: int, num_rows: int, positions: int, global_batch_size: int, seed: int
+) -> tuple[int, np.ndarray]:
+    """The epoch of a step's first row, and its rows (positions in the training examples) in drawn
+    order.
 
-    Position p = step * global_batch_size + j is row i of epoch e, where e, i = divmod(p, num_rows): each row
-    exactly once an epoch, none dropped, none repeated to fill a batch."""
+    Position p = step * global_batch_size + j is row i of epoch e, where e, i = divmod(p, num_rows):
+    each row exactly once an epoch, none dropped, none repeated to fill a batch."""
     first = step * global_batch_size
     last = min(first + global_batch_size, positions)
     epoch_and_index = [divmod(position, num_rows) for position in range(first, last)]
-    rows = np.array([permutation(seed, epoch, num_rows)[i] for epoch, i in epoch_and_index], dtype=np.int64)
+    rows = np.array(
+        [permutation(seed, epoch, num_rows)[i] for epoch, i in epoch_and_index], dtype=np.int64
+    )
     return first // num_rows, rows
 
 
-def cut(lengths: np.ndarray, micro_batch_tokens: int, num_processes: int, padding_free: bool) -> list[np.ndarray]:
-    """Sort rows by length, longest first, and cut them into micro-batches; micro-batch k is for process k mod n.
+def cut(
+    lengths: np.ndarray, micro_batch_tokens: int, num_processes: int, padding_free: bool
+) -> list[np.ndarray]:
+    """Sort rows by length, longest first, and cut them into micro-batches; micro-batch k is for
+    process k mod n.
 
-    The number of micro-batches is a multiple of n, so that all processes take part in the same collectives, and as
-    small as the budget of tokens (see `forward_tokens`) allows. Among such cuts the one whose largest micro-batch
-    is smallest is taken: it costs nothing, evens the processes and lowers the peak. Where rows are too few, the
-    last micro-batches are empty.
+    The number of micro-batches is a multiple of n, so that all processes take part in the same
+    collectives, and as small as the budget of tokens (see `forward_tokens`) allows. Among such cuts
+    the one whose largest micro-batch is smallest is taken: it costs nothing, evens the processes
+    and lowers the peak. Where rows are too few, the last micro-batches are empty.
 
     Shapes: lengths (N,), tokens; returns index arrays into it."""
     order = np.argsort(-np.asarray(lengths), kind="stable")
     widths = np.asarray(lengths)[order].tolist()
     if widths and widths[0] > micro_batch_tokens:
-        raise ValueError(f"a row of {widths[0]} tokens is above micro_batch_tokens {micro_batch_tokens}")
+        raise ValueError(
+            f"a row of {widths[0]} tokens is above micro_batch_tokens {micro_batch_tokens}"
+        )
     fewest = len(_fill(widths, micro_batch_tokens, padding_free))
     wanted = num_processes * max(1, math.ceil(fewest / num_processes))
     low, high = (widths[0] if widths else 1), micro_batch_tokens
@@ -62,21 +78,25 @@ def cut(lengths: np.ndarray, micro_batch_tokens: int, num_processes: int, paddin
         low, high = (low, middle) if fits else (middle + 1, high)
     pieces = np.split(order, _fill(widths, high, padding_free)[1:])
     while len(pieces) < min(wanted, len(widths)):  # no process idles while another has two rows
-        sizes = [(len(piece) > 1) * forward_tokens(lengths[piece], padding_free) for piece in pieces]
+        sizes = [
+            (len(piece) > 1) * forward_tokens(lengths[piece], padding_free) for piece in pieces
+        ]
         largest = int(np.argmax(sizes))
         pieces[largest : largest + 1] = np.array_split(pieces[largest], 2)
     return pieces + [np.array([], dtype=np.int64)] * (wanted - len(pieces))
 
 
 def forward_tokens(lengths: np.ndarray, padding_free: bool) -> int:
-    """Tokens that one forward of these rows computes: theirs, or as many for each row as the longest has.
+    """Tokens that one forward of these rows computes: theirs, or as many for each row as the
+    longest has.
 
     A forward without rows is given one token."""
     return max(1, int(lengths.sum() if padding_free else len(lengths) * lengths.max(initial=0)))
 
 
 def _fill(widths: list[int], budget: int, padding_free: bool) -> list[int]:
-    """Where each micro-batch starts, filling one after the other up to `budget` tokens; `widths` fall."""
+    """Where each micro-batch starts, filling one after the other up to `budget` tokens; `widths`
+    fall."""
     starts: list[int] = []
     used = 0
     for index, width in enumerate(widths):

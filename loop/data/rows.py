@@ -13,13 +13,22 @@ from datasets import Dataset, load_dataset_builder
 from loop.config.knobs import Config
 from loop.errors import DataError, EnvironmentFault, HubError
 
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+FILE_FORMATS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
 
 
 @contextmanager
 def _unreported() -> Iterator[None]:
     """Without a request to the library's makers, who count each load of a dataset otherwise."""
-    before, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, False
+    before, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = (
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS,
+        False,
+    )
     try:
         yield
     finally:
@@ -36,18 +45,30 @@ def load_rows(config: Config, split: str) -> tuple[Dataset, str | None]:
             form = FILE_FORMATS[path.suffix]
             # A byte order mark is no text; the other readers drop it themselves.
             encoding = {"encoding": "utf-8-sig"} if form == "text" else {}
-            builder = load_dataset_builder(form, data_files=str(_by_content(path)), token=False, **encoding)
+            builder = load_dataset_builder(
+                form, data_files=str(_by_content(path)), token=False, **encoding
+            )
         elif path.is_file():
-            raise DataError(f"dataset_name: found a {path.suffix} file, expected {', '.join(FILE_FORMATS)}; convert it")
+            raise DataError(
+                f"dataset_name: found a {path.suffix} file, expected {', '.join(FILE_FORMATS)};"
+                " convert it"
+            )
         else:
             revision = config.dataset_revision
-            builder = load_dataset_builder(name, name=config.dataset_config, revision=revision, token=False)
+            builder = load_dataset_builder(
+                name, name=config.dataset_config, revision=revision, token=False
+            )
         builder.download_and_prepare()
         base = str(builder.base_path)
-        commit = base.split("@")[1].split("/")[0] if base.startswith("hf://") and "@" in base else None
+        commit = (
+            base.split("@")[1].split("/")[0] if base.startswith("hf://") and "@" in base else None
+        )
         return builder.as_dataset(split=split), commit
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-        hint = f"no token is used: hf download {name} --repo-type dataset --local-dir DIR, then write DIR in its place"
+        hint = (
+            f"no token is used: hf download {name} --repo-type dataset --local-dir DIR, then write"
+            " DIR in its place"
+        )
         raise HubError(f"dataset_name: {name}: {first_line(error)}; {hint}") from error
     except StopIteration as error:
         raise DataError(f"dataset_name: {name}: holds no rows") from error
@@ -65,12 +86,17 @@ def load_rows(config: Config, split: str) -> tuple[Dataset, str | None]:
 def _by_content(path: Path) -> Path:
     """A link to `path` that is named by its content, which the library's cache then knows it by.
 
-    The library itself goes by modification times and takes a name for a pattern. Text that is not UTF-8 is refused
-    here with its offset, which the readers underneath do not tell."""
+    The library itself goes by modification times and takes a name for a pattern. Text that is not
+    UTF-8 is refused here with its offset, which the readers underneath do not tell."""
     if not path.is_file():
         hint = f"write ./{path.name} for a file beside the recipe"
         raise DataError(f"dataset_name: found no file {path.absolute()}; {hint}")
-    digest, decoder, offset, chunk = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), 0, b" "
+    digest, decoder, offset, chunk = (
+        hashlib.sha256(),
+        codecs.getincrementaldecoder("utf-8")(),
+        0,
+        b" ",
+    )
     with path.open("rb") as file:
         while chunk:
             chunk, pending = file.read(1 << 20), len(decoder.getstate()[0])
@@ -82,7 +108,12 @@ def _by_content(path: Path) -> Path:
                 at = offset - pending + error.start
                 raise DataError(f"{path}: not UTF-8 at byte {at}; convert the file") from error
             offset += len(chunk)
-    link = Path(datasets.config.HF_DATASETS_CACHE) / "by-content" / digest.hexdigest() / f"rows{path.suffix}"
+    link = (
+        Path(datasets.config.HF_DATASETS_CACHE)
+        / "by-content"
+        / digest.hexdigest()
+        / f"rows{path.suffix}"
+    )
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.exists() or link.resolve() != path.resolve():
         link.unlink(missing_ok=True)

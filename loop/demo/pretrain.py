@@ -1,10 +1,10 @@
 """Pretrain the demo's small BLOOM from text that every Python installation carries.
 
-A demo of fine-tuning needs a base that has something to be tuned: a random one gets better too, but only
-by learning which tokens are frequent. This script makes such a base without a download. It reads the
-docstrings and comments of the standard library and pydoc's topics, trains a byte-level BPE tokenizer on
-them and then a BLOOM of 2.4 million parameters. The standard library differs between Python versions, and
-so would the weights; that is why `loop/demo/model` ships them.
+A demo of fine-tuning needs a base that has something to be tuned: a random one gets better too, but
+only by learning which tokens are frequent. This script makes such a base without a download. It
+reads the docstrings and comments of the standard library and pydoc's topics, trains a byte-level
+BPE tokenizer on them and then a BLOOM of 2.4 million parameters. The standard library differs
+between Python versions, and so would the weights; that is why `loop/demo/model` ships them.
 
     python -m loop.demo.pretrain --output_dir some/folder
 """
@@ -41,11 +41,12 @@ REPORT_EVERY = 200  # steps
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
 
 
-# ---- text ---------------------------------------------------------------------------------------------
+# ---- text ----
 
 
 def strings(source: str) -> Iterator[str]:
-    """The string constants of a module (docstrings, help texts, messages), without their indentation."""
+    """The string constants of a module (docstrings, help texts, messages), without their
+    indentation."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield inspect.cleandoc(node.value)
@@ -77,7 +78,8 @@ def prose(text: str) -> Iterator[str]:
 
 
 def gather() -> dict[str, list[str]]:
-    """The texts of each source (a module, or a topic of pydoc), cleaned; no paragraph comes twice."""
+    """The texts of each source (a module, or a topic of pydoc), cleaned; no paragraph comes
+    twice."""
     raw = {f"topic {name}": [text] for name, text in topics.items()}
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
@@ -100,22 +102,28 @@ def gather() -> dict[str, list[str]]:
 
 
 def is_held_out(origin: str) -> bool:
-    """Whether a source belongs to the held-out part: one in twenty, whatever the seed and the order."""
+    """Whether a source belongs to the held-out part: one in twenty, whatever the seed and the
+    order."""
     return hashlib.sha256(origin.encode()).digest()[0] < 256 / 20
 
 
-# ---- tokenizer ----------------------------------------------------------------------------------------
+# ---- tokenizer ----
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that behaves like BLOOM's: it pads on the left and adds no <s> or </s> by itself."""
+    """A byte-level BPE that behaves like BLOOM's: it pads on the left and adds no <s> or </s> by
+    itself."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    # The alphabet holds all 256 bytes: an emoji that no text here has still comes back as it went in.
+    # The alphabet holds all 256 bytes: an emoji that no text here has still comes back as it went
+    # in.
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIAL,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     unk, bos, eos, pad = SPECIAL
@@ -131,11 +139,12 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
-    """All texts one after the other as token ids, each closed by </s>, so that the model learns to stop."""
+    """All texts one after the other as token ids, each closed by </s>, so that the model learns to
+    stop."""
     return torch.tensor([token for text in texts for token in [*tokenizer(text)["input_ids"], EOS]])
 
 
-# ---- training -----------------------------------------------------------------------------------------
+# ---- training ----
 
 
 def new_model() -> BloomForCausalLM:
@@ -158,10 +167,12 @@ def new_model() -> BloomForCausalLM:
 def optimizers(model: BloomForCausalLM) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for the embedding, biases and norms.
 
-    Muon needs far fewer steps here than AdamW alone, but it is meant for matrices that map one hidden
-    state to another; an embedding is a table of rows.
+    Muon needs far fewer steps here than AdamW alone, but it is meant for matrices that map one
+    hidden state to another; an embedding is a table of rows.
     """
-    inner = {name: p for name, p in model.named_parameters() if p.ndim == 2 and "embeddings" not in name}
+    inner = {
+        name: p for name, p in model.named_parameters() if p.ndim == 2 and "embeddings" not in name
+    }
     outer = [p for name, p in model.named_parameters() if name not in inner]
     return [
         torch.optim.Muon(inner.values(), lr=MUON_LR, weight_decay=0.1),
@@ -170,9 +181,12 @@ def optimizers(model: BloomForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def schedule(optimizer: torch.optim.Optimizer, steps: int) -> OneCycleLR:
-    """The learning rate goes up in a straight line for WARMUP of the steps and then down to (almost) 0."""
+    """The learning rate goes up in a straight line for WARMUP of the steps and then down to
+    (almost) 0."""
     peak = optimizer.defaults["lr"]
-    return OneCycleLR(optimizer, peak, steps, pct_start=WARMUP, anneal_strategy="linear", cycle_momentum=False)
+    return OneCycleLR(
+        optimizer, peak, steps, pct_start=WARMUP, anneal_strategy="linear", cycle_momentum=False
+    )
 
 
 @torch.no_grad()
@@ -187,8 +201,11 @@ def held_out_loss(model: BloomForCausalLM, tokens: Tensor) -> float:
     return total / len(rows)
 
 
-def pretrain(model: BloomForCausalLM, tokens: Tensor, held_out: Tensor, steps: int, seed: int) -> None:
-    """Next-token prediction on rows that start anywhere in `tokens`, reported every REPORT_EVERY steps."""
+def pretrain(
+    model: BloomForCausalLM, tokens: Tensor, held_out: Tensor, steps: int, seed: int
+) -> None:
+    """Next-token prediction on rows that start anywhere in `tokens`, reported every REPORT_EVERY
+    steps."""
     generator = torch.Generator().manual_seed(seed)
     both = optimizers(model)
     schedules = [schedule(optimizer, steps) for optimizer in both]
@@ -218,18 +235,27 @@ def pretrain(model: BloomForCausalLM, tokens: Tensor, held_out: Tensor, steps: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Pretrain the demo's BLOOM on Python's own documentation.")
+    parser = argparse.ArgumentParser(
+        description="Pretrain the demo's BLOOM on Python's own documentation."
+    )
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "model")
-    parser.add_argument("--steps", type=int, default=4400, help="training steps of BATCH x BLOCK tokens")
+    parser.add_argument(
+        "--steps", type=int, default=4400, help="training steps of BATCH x BLOCK tokens"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
-    # Where the processor has bfloat16, products of float32 use it inside. A step took a fifth less time so.
+    # Where the processor has bfloat16, products of float32 use it inside. A step took a fifth less
+    # time so.
     torch.set_float32_matmul_precision("medium")
 
     gathered = gather()
-    train_texts = [text for origin, texts in gathered.items() if not is_held_out(origin) for text in texts]
-    held_texts = [text for origin, texts in gathered.items() if is_held_out(origin) for text in texts]
+    train_texts = [
+        text for origin, texts in gathered.items() if not is_held_out(origin) for text in texts
+    ]
+    held_texts = [
+        text for origin, texts in gathered.items() if is_held_out(origin) for text in texts
+    ]
     tokenizer = train_tokenizer(train_texts)
     tokens, held_out = stream(tokenizer, train_texts), stream(tokenizer, held_texts)
     model = new_model()
@@ -241,11 +267,16 @@ def main() -> None:
     )
     pretrain(model, tokens, held_out, arguments.steps, arguments.seed)
 
-    model.config.hidden_dropout = model.config.attention_dropout = 0.0  # whoever fine-tunes it chooses anew
+    model.config.hidden_dropout = model.config.attention_dropout = (
+        0.0  # whoever fine-tunes it chooses anew
+    )
     model.bfloat16().save_pretrained(arguments.output_dir)  # half the size of float32
     tokenizer.save_pretrained(arguments.output_dir)
     stored = BloomForCausalLM.from_pretrained(arguments.output_dir, dtype=torch.float32)
-    print(f"stored in {arguments.output_dir}: held-out {held_out_loss(stored, held_out):.3f} nats/token")
+    print(
+        f"stored in {arguments.output_dir}: held-out {held_out_loss(stored, held_out):.3f}"
+        " nats/token"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Is this the adapter that the run trained? Its tensors and its config, held against what the run wrote down."""
+"""Is this the adapter that the run trained? Its tensors and its config, held against what the run
+wrote down."""
 
 import json
 import re
@@ -18,7 +19,8 @@ _TENSOR = re.compile(
 
 
 def check_adapter(files: dict[str, bytes], run: dict[str, Any]) -> None:
-    """Raises: CheckpointError that names the first tensor or key which is not as `run.json` says."""
+    """Raises: CheckpointError that names the first tensor or key which is not as `run.json`
+    says."""
     content = files["adapter_model.safetensors"]
     try:
         tensors = load_safetensors(content)
@@ -31,21 +33,35 @@ def check_adapter(files: dict[str, bytes], run: dict[str, Any]) -> None:
     for name, tensor in tensors.items():
         parts = _TENSOR.fullmatch(name)
         if parts is None or parts["module"] not in config["target_modules"]:
-            raise CheckpointError(f"adapter_model.safetensors: {name} is no tensor of this adapter; a base's weight?")
-        rank = {"lora_A": tensor.shape[:1], "lora_B": tensor.shape[1:2]}.get(parts["part"], (config["r"],))
+            raise CheckpointError(
+                f"adapter_model.safetensors: {name} is no tensor of this adapter; a base's weight?"
+            )
+        rank = {"lora_A": tensor.shape[:1], "lora_B": tensor.shape[1:2]}.get(
+            parts["part"], (config["r"],)
+        )
         if tuple(rank) != (config["r"],):
-            raise CheckpointError(f"adapter_model.safetensors: {name} is {list(tensor.shape)}, r is {config['r']}")
-    actual = {name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()}
+            raise CheckpointError(
+                f"adapter_model.safetensors: {name} is {list(tensor.shape)}, r is {config['r']}"
+            )
+    actual = {
+        name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
+        for name, tensor in tensors.items()
+    }
     stated: dict[str, Any] = run["census"]["tensors"]
     mismatched = sorted(name for name in {*actual, *stated} if actual.get(name) != stated.get(name))
     if mismatched:
-        both = f"found {actual.get(mismatched[0], 'nothing')}, run.json states {stated.get(mismatched[0], 'nothing')}"
+        both = (
+            f"found {actual.get(mismatched[0], 'nothing')}, run.json states"
+            f" {stated.get(mismatched[0], 'nothing')}"
+        )
         raise CheckpointError(f"adapter_model.safetensors: {mismatched[0]}: {both}")
     for name, tensor in tensors.items():  # whose dtype is the run's, and so one that can be asked
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"adapter_model.safetensors: {name} holds NaN or infinity")
     if not any(_moved(name, tensor) for name, tensor in tensors.items()):
-        raise CheckpointError("adapter_model.safetensors: lora_B is zero everywhere: nothing was trained")
+        raise CheckpointError(
+            "adapter_model.safetensors: lora_B is zero everywhere: nothing was trained"
+        )
 
 
 def _moved(name: str, tensor: Tensor) -> bool:
@@ -59,12 +75,15 @@ def read_adapter_config(content: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"adapter_config.json: not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"adapter_config.json: found a {type(config).__name__}, expected an object")
+        raise CheckpointError(
+            f"adapter_config.json: found a {type(config).__name__}, expected an object"
+        )
     return config
 
 
 def _check_config(content: bytes, run: dict[str, Any]) -> dict[str, Any]:
-    """`adapter_config.json`, if each of its values follows from the run. A key of another PEFT has to be empty."""
+    """`adapter_config.json`, if each of its values follows from the run. A key of another PEFT has
+    to be empty."""
     actual = read_adapter_config(content)
     identity, base = run["identity"], run["base"]
     lora = LoraConfig(
@@ -81,8 +100,11 @@ def _check_config(content: bytes, run: dict[str, Any]) -> dict[str, Any]:
     expected: dict[str, Any] = {**lora, "target_modules": identity["lora_target_modules"]}
     expected["peft_version"] = actual.get("peft_version")
     for key in sorted({*actual, *expected}):
-        if actual.get(key) != expected.get(key) and (key in expected or actual[key] not in (None, False, {}, [])):
+        if actual.get(key) != expected.get(key) and (
+            key in expected or actual[key] not in (None, False, {}, [])
+        ):
             raise CheckpointError(
-                f"adapter_config.json: {key} is {actual.get(key)!r}, the run's is {expected.get(key)!r}"
+                f"adapter_config.json: {key} is {actual.get(key)!r}, the run's is"
+                f" {expected.get(key)!r}"
             )
     return actual

@@ -20,7 +20,8 @@ _LIMIT = 1 << 40
 
 @dataclass(frozen=True)
 class Evidence:
-    """One state of one run, as bytes. What is published is made of these bytes and of nothing read later."""
+    """One state of one run, as bytes. What is published is made of these bytes and of nothing read
+    later."""
 
     folder: Path
     step: int
@@ -35,22 +36,30 @@ class Evidence:
 
     @property
     def evaluations(self) -> list[tuple[int, float]]:
-        """(updates made, held-out nats per target token), oldest first; the first is the untouched base."""
-        return [(entry["step"], entry["eval_loss"]) for entry in self.entries if "eval_loss" in entry]
+        """(updates made, held-out nats per target token), oldest first; the first is the untouched
+        base."""
+        return [
+            (entry["step"], entry["eval_loss"]) for entry in self.entries if "eval_loss" in entry
+        ]
 
 
 def read_evidence(requested: Path) -> Evidence:
     """Read a finished run, or the checkpoint that is named.
 
-    Raises: ConfigError if it is neither, CheckpointError where two of its files do not belong together."""
+    Raises: ConfigError if it is neither, CheckpointError where two of its files do not belong
+    together."""
     folder = find_run(requested)
     if folder is None:
-        raise ConfigError(f"{requested}: found no run there; expected RUN or RUN/checkpoints/step-N")
+        raise ConfigError(
+            f"{requested}: found no run there; expected RUN or RUN/checkpoints/step-N"
+        )
     run_json = read_regular_file(folder / "run.json", _LIMIT)
     run = parse_run_json(run_json, folder / "run.json")
     identity, start = run["identity"], run["identity_sha256"]
     if sha256(canonical_json(identity)) != start:
-        raise CheckpointError(f"{folder / 'run.json'}: its identity does not have the sha256 that it states")
+        raise CheckpointError(
+            f"{folder / 'run.json'}: its identity does not have the sha256 that it states"
+        )
     if requested.resolve().parent == folder.resolve() / "checkpoints":
         checkpoint = read_checkpoint(requested)
         if checkpoint.identity != identity:
@@ -61,22 +70,30 @@ def read_evidence(requested: Path) -> Evidence:
     text = read_regular_file(folder / "config.yaml", _LIMIT).decode(errors="replace")
     config = parse_command_line(["--config", str(folder / "config.yaml")]).config
     stated = {name: identity[name] for name in config.knobs("identity") if name in identity}
-    if config.lora_target_modules in (None, ("all-linear",)):  # what that stood for is in the identity
+    if config.lora_target_modules in (
+        None,
+        ("all-linear",),
+    ):  # what that stood for is in the identity
         stated["lora_target_modules"] = config.knobs("identity")["lora_target_modules"]
     changed = differences(stated, config.knobs("identity"))
     if changed:
-        raise CheckpointError(f"{folder / 'config.yaml'}: changed since the run: {'; '.join(changed)}")
+        raise CheckpointError(
+            f"{folder / 'config.yaml'}: changed since the run: {'; '.join(changed)}"
+        )
     set_by = dict(re.findall(r"^(\w+): .*  # (\w+)$", text, flags=re.MULTILINE))
     ledger = read_regular_file(folder / "ledger.jsonl", _LIMIT)[: position.bytes]
     entries = verify_ledger(ledger, folder / "ledger.jsonl", start, position)
     steps = sum("rows" in entry for entry in entries)
     if steps != step:
         raise CheckpointError(f"{folder / 'ledger.jsonl'}: has {steps} steps, {step} are stated")
-    return Evidence(folder, step, config, set_by, run, run_json, ledger, entries, position.head, adapter)
+    return Evidence(
+        folder, step, config, set_by, run, run_json, ledger, entries, position.head, adapter
+    )
 
 
 def _finished(folder: Path, run: dict[str, Any]) -> tuple[int, LedgerPosition, dict[str, bytes]]:
-    """Steps, the ledger's end, and the finished adapter, which has to have the sha256 that `run.json` states."""
+    """Steps, the ledger's end, and the finished adapter, which has to have the sha256 that
+    `run.json` states."""
     result = run.get("result")
     if result is None:
         there = list_checkpoints(folder / "checkpoints")
@@ -87,4 +104,8 @@ def _finished(folder: Path, run: dict[str, Any]) -> tuple[int, LedgerPosition, d
     weights = "adapter_model.safetensors"
     check_sha256(folder / "adapter" / weights, adapter[weights], result["adapter_sha256"])
     content = read_regular_file(folder / "ledger.jsonl", _LIMIT)
-    return result["steps"], LedgerPosition(content.count(b"\n"), len(content), result["ledger_head"]), adapter
+    return (
+        result["steps"],
+        LedgerPosition(content.count(b"\n"), len(content), result["ledger_head"]),
+        adapter,
+    )

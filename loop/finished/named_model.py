@@ -1,4 +1,5 @@
-"""What a name on a command line stands for: a run, a checkpoint of it, or a plain model; verified, then loaded."""
+"""What a name on a command line stands for: a run, a checkpoint of it, or a plain model; verified,
+then loaded."""
 
 import sys
 import warnings
@@ -39,40 +40,64 @@ def find_run(folder: Path) -> Path | None:
 
 
 def find_named_model(name: str, base_only: bool) -> NamedModel:
-    """What the command's first argument stands for. Raises: ConfigError; CheckpointError if no adapter verifies."""
+    """What the command's first argument stands for. Raises: ConfigError; CheckpointError if no
+    adapter verifies."""
     folder = Path(name)
     run = find_run(folder)
     if run is not None:
         config = parse_command_line(["--config", str(run / "config.yaml")]).config
         return NamedModel(config) if base_only else NamedModel(config, *find_adapter(run, folder))
     if (folder / "adapter_config.json").is_file():
-        raise ConfigError(f"{name}: found an adapter without its run; expected RUN or RUN/checkpoints/step-N")
+        raise ConfigError(
+            f"{name}: found an adapter without its run; expected RUN or RUN/checkpoints/step-N"
+        )
     beside_runs = len(folder.parts) == 2 and any(folder.parent.glob("*/config.yaml"))
-    if not folder.exists() and (beside_runs or len(folder.parts) > 2 or name[:1] in ".~"):  # no Hub id, a slip
-        raise ConfigError(f"{name}: found no such folder; expected a run, a checkpoint in it, or a model")
+    if not folder.exists() and (
+        beside_runs or len(folder.parts) > 2 or name[:1] in ".~"
+    ):  # no Hub id, a slip
+        raise ConfigError(
+            f"{name}: found no such folder; expected a run, a checkpoint in it, or a model"
+        )
     return NamedModel(Config(model_name_or_path=name, dataset_name="none", output_dir="none"))
 
 
 def find_adapter(run: Path, requested: Path) -> tuple[Path, str]:
-    """Folder and sha256 of the checkpoint asked for, else of the finished adapter, else of the newest checkpoint.
+    """Folder and sha256 of the checkpoint asked for, else of the finished adapter, else of the
+    newest checkpoint.
 
-    Raises: CheckpointError unless it is what its manifest, or for the finished one `run.json`, states."""
-    result, checkpoints = read_run_json(run / "run.json").get("result"), list_checkpoints(run / "checkpoints")
+    Raises: CheckpointError unless it is what its manifest, or for the finished one `run.json`,
+    states."""
+    result, checkpoints = (
+        read_run_json(run / "run.json").get("result"),
+        list_checkpoints(run / "checkpoints"),
+    )
     if requested.resolve().parent == run.resolve() / "checkpoints":
         folder = requested
     elif result is not None:
-        path, stated = run / "adapter" / "adapter_model.safetensors", dict(result).get("adapter_sha256")
-        return path.parent, check_sha256(path, path.read_bytes() if path.is_file() else None, stated)
+        path, stated = (
+            run / "adapter" / "adapter_model.safetensors",
+            dict(result).get("adapter_sha256"),
+        )
+        return path.parent, check_sha256(
+            path, path.read_bytes() if path.is_file() else None, stated
+        )
     elif checkpoints:
         folder = checkpoints[-1]
-        print(f"{run}: not finished; this is its newest checkpoint, {folder.name}", file=sys.stderr, flush=True)
+        print(
+            f"{run}: not finished; this is its newest checkpoint, {folder.name}",
+            file=sys.stderr,
+            flush=True,
+        )
     else:
-        raise CheckpointError(f"{run}: found no finished adapter and no checkpoint; train it on, or give --base")
+        raise CheckpointError(
+            f"{run}: found no finished adapter and no checkpoint; train it on, or give --base"
+        )
     return folder, sha256(read_checkpoint(folder).adapter_files()["adapter_model.safetensors"])
 
 
 def check_sha256(path: Path, content: bytes | None, stated: str | None) -> str:
-    """The sha256 of the finished adapter's content. Raises: CheckpointError unless it is the one `run.json` states."""
+    """The sha256 of the finished adapter's content. Raises: CheckpointError unless it is the one
+    `run.json` states."""
     actual = "no file" if content is None else sha256(content)
     if actual != stated:
         hint = f"run.json states sha256 {stated}; its training command restores it"
@@ -81,7 +106,8 @@ def check_sha256(path: Path, content: bytes | None, stated: str | None) -> str:
 
 
 def load_model(named: NamedModel) -> PreTrainedModel:
-    """The base, with the adapter in it, for inference. Raises: CheckpointError if they do not fit together."""
+    """The base, with the adapter in it, for inference. Raises: CheckpointError if they do not fit
+    together."""
     base = load_for_inference(named.config)
     return base if named.adapter is None else causal_lm_of(load_adapter(base, named.adapter))
 
@@ -94,20 +120,27 @@ def load_for_inference(config: Config) -> PreTrainedModel:
 
 
 def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
-    """An adapter put into its base, for inference. Raises: CheckpointError if they do not fit together."""
+    """An adapter put into its base, for inference. Raises: CheckpointError if they do not fit
+    together."""
     with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5.23 by a name that it has deprecated, and only warns of a missing tensor.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        # PEFT 0.21 asks transformers 5.23 by a name that it has deprecated, and only warns of a
+        # missing tensor.
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
+        )
         warnings.filterwarnings("error", message="Found missing adapter keys", category=UserWarning)
         try:
             return PeftModel.from_pretrained(base, adapter).eval()
         except (ValueError, RuntimeError, UserWarning) as error:
             reason = f"does not fit {base.name_or_path}: {str(error).splitlines()[0]}"
-            raise CheckpointError(f"{adapter}: {reason}; expected the base that it was trained on") from error
+            raise CheckpointError(
+                f"{adapter}: {reason}; expected the base that it was trained on"
+            ) from error
 
 
 def logits(model: PreTrainedModel) -> Tensor:
-    """What a model makes of 32 tokens spread over its vocabulary, on the CPU in float32: (32, vocabulary)."""
+    """What a model makes of 32 tokens spread over its vocabulary, on the CPU in float32: (32,
+    vocabulary)."""
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings, nn.Embedding)
     tokens = torch.arange(32, device=model.device) * embeddings.num_embeddings // 32

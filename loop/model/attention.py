@@ -18,13 +18,16 @@ ROWS = "rows"
 def biased_attention(qkv: Tensor, bias: Tensor, grids: list[Grid]) -> Tensor:
     """Attention with `bias` added to its scores, -inf where a key is not to be seen.
 
-    Shapes: qkv (T, heads, 3, head size), a query, a key and a value; bias (1, heads, query, key) of the widest row, in
-    four dimensions, because torch's kernels that keep no scores ask for them; returns (T, heads, head size)."""
+    Shapes: qkv (T, heads, 3, head size), a query, a key and a value; bias (1, heads, query, key) of
+    the widest row, in four dimensions, because torch's kernels that keep no scores ask for them;
+    returns (T, heads, head size)."""
 
     def attend(qkv: Tensor) -> Tensor:
         query, key, value = qkv.transpose(1, 2).unbind(-2)
         width = query.shape[2]
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias[..., :width, :width])
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias[..., :width, :width]
+        )
         return mixed.transpose(1, 2)
 
     return _on_grids(attend, (qkv,), grids)
@@ -39,16 +42,20 @@ def rows_attention(
     grids: list[Grid] | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' own SDPA, on each grid of rows. Padding stands behind every token of its row, so none sees it.
+    """transformers' own SDPA, on each grid of rows. Padding stands behind every token of its row,
+    so none sees it.
 
-    `grids` comes from `body.py`, as a keyword that the model's own forward hands down to its attention unread. Without
-    it (a sample that is generated) this is transformers' SDPA, unchanged.
-    Raises: ValueError for what that leaves to a mask, which is not made here, or does not have at all.
-    Shapes: query (1, heads, T, head size), key and value with their own heads; returns (1, T, heads, head size)."""
+    `grids` comes from `body.py`, as a keyword that the model's own forward hands down to its
+    attention unread. Without it (a sample that is generated) this is transformers' SDPA, unchanged.
+    Raises: ValueError for what that leaves to a mask, which is not made here, or does not have at
+    all. Shapes: query (1, heads, T, head size), key and value with their own heads; returns (1, T,
+    heads, head size)."""
     if grids is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     window = options.get("sliding_window")
-    if options.get("s_aux") is not None or (window is not None and window < max(grid.width for grid in grids)):
+    if options.get("s_aux") is not None or (
+        window is not None and window < max(grid.width for grid in grids)
+    ):
         raise ValueError("attention sinks, or a window narrower than a row")
 
     def attend(*padded: Tensor) -> Tensor:
@@ -59,7 +66,9 @@ def rows_attention(
     return _on_grids(attend, end_to_end, grids)[None], None
 
 
-def _on_grids(attend: Callable[..., Tensor], tensors: tuple[Tensor, ...], grids: list[Grid]) -> Tensor:
+def _on_grids(
+    attend: Callable[..., Tensor], tensors: tuple[Tensor, ...], grids: list[Grid]
+) -> Tensor:
     """(T, ...) through `attend` on (rows, width, ...), grid by grid, and back."""
     sizes = [len(grid.positions) for grid in grids]
     mixed = []

@@ -14,21 +14,29 @@ from loop.model.quantize import keep_trainable, quantization_config
 
 
 def base_commit(config: Config) -> str | None:
-    """The commit that the base's revision is on the Hub, or was when it was downloaded; None for a folder.
+    """The commit that the base's revision is on the Hub, or was when it was downloaded; None for a
+    folder.
 
     Raises: ConfigError where an absolute path is not there, HubError."""
     path = Path(config.model_name_or_path)
     if path.is_absolute() and not path.exists():
-        raise ConfigError(f"model_name_or_path: found no folder {path}; expected one with safetensors")
+        raise ConfigError(
+            f"model_name_or_path: found no folder {path}; expected one with safetensors"
+        )
     if path.exists():
         return None
     with clear_errors(config, "config.json"):
-        file = cached_file(config.model_name_or_path, "config.json", revision=config.model_revision, token=False)
+        file = cached_file(
+            config.model_name_or_path, "config.json", revision=config.model_revision, token=False
+        )
     return extract_commit_hash(file, None)
 
 
-def base_dtype(device: torch.device, precision: str = "no") -> Literal["float32", "bfloat16", "float16"]:
-    """Where the config names none: float32 on CPU; on a GPU bfloat16, or float16 if that is its precision."""
+def base_dtype(
+    device: torch.device, precision: str = "no"
+) -> Literal["float32", "bfloat16", "float16"]:
+    """Where the config names none: float32 on CPU; on a GPU bfloat16, or float16 if that is its
+    precision."""
     if device.type != "cuda":
         return "float32"
     bf16 = precision != "fp16" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -36,7 +44,8 @@ def base_dtype(device: torch.device, precision: str = "no") -> Literal["float32"
 
 
 def load_base(config: Config, device: torch.device) -> PreTrainedModel:
-    """The base in one dtype on one device, quantised if asked: safetensors only, no code of its repository, no token.
+    """The base in one dtype on one device, quantised if asked: safetensors only, no code of its
+    repository, no token.
 
     Raises: ConfigError for a folder, HubError for a Hub id."""
     dtype: torch.dtype = getattr(torch, config.dtype or base_dtype(device))
@@ -54,13 +63,21 @@ def load_base(config: Config, device: torch.device) -> PreTrainedModel:
         )
         model: PreTrainedModel = loaded[0]
         loading: dict[str, Any] = loaded[1]
-        if loading["missing_keys"] or loading["mismatched_keys"]:  # transformers would make them up, with a warning
-            missing = sorted(str(key) for key in [*loading["missing_keys"], *loading["mismatched_keys"]])
+        if (
+            loading["missing_keys"] or loading["mismatched_keys"]
+        ):  # transformers would make them up, with a warning
+            missing = sorted(
+                str(key) for key in [*loading["missing_keys"], *loading["mismatched_keys"]]
+            )
             raise ValueError(f"no fitting tensor for {', '.join(missing[:3])}")
         if getattr(model, "_hf_peft_config_loaded", False):
-            raise ValueError("it is an adapter (adapter_config.json), which transformers put on its base")
+            raise ValueError(
+                "it is an adapter (adapter_config.json), which transformers put on its base"
+            )
     keep_trainable(model)
-    model.generation_config = GenerationConfig()  # its own defaults would fill what a sample leaves open
+    model.generation_config = (
+        GenerationConfig()
+    )  # its own defaults would fill what a sample leaves open
     return model
 
 
@@ -74,6 +91,7 @@ def base_config(config: Config) -> dict[str, Any]:
 
 
 def without_volatile(values: dict[str, Any]) -> dict[str, Any]:
-    """A `config.json` without what says where the model lay or which version of a library wrote it."""
+    """A `config.json` without what says where the model lay or which version of a library wrote
+    it."""
     volatile = ("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype")
     return {key: value for key, value in values.items() if key not in volatile}

@@ -1,8 +1,10 @@
-"""BLOOM's body on rows that lie end to end: the modules are the model's own, only their order is written here.
+"""BLOOM's body on rows that lie end to end: the modules are the model's own, only their order is
+written here.
 
-transformers 5.23 has one attention for BLOOM, on padded rows. Here linear modules and norms see no padding, attention
-is torch's SDPA on each group of rows, and GELU is torch's: transformers' is Python, one pass over memory a sign.
-Before step 0 `model/body.py::check_padding_free` compares it with the model's own forward, on rows of the run."""
+transformers 5.23 has one attention for BLOOM, on padded rows. Here linear modules and norms see no
+padding, attention is torch's SDPA on each group of rows, and GELU is torch's: transformers' is
+Python, one pass over memory a sign. Before step 0 `model/body.py::check_padding_free` compares it
+with the model's own forward, on rows of the run."""
 
 import math
 from typing import Any
@@ -19,9 +21,14 @@ from loop.model.attention import biased_attention
 
 
 def is_plain(model: BloomModel) -> bool:
-    """Is there nothing in its config that `bloom_hidden` does not do? Dropout in the base would not show without it."""
+    """Is there nothing in its config that `bloom_hidden` does not do? Dropout in the base would not
+    show without it."""
     config = model.config
-    return not (config.hidden_dropout or config.attention_dropout or config.apply_residual_connection_post_layernorm)
+    return not (
+        config.hidden_dropout
+        or config.attention_dropout
+        or config.apply_residual_connection_post_layernorm
+    )
 
 
 def bloom_hidden(model: BloomModel, batch: Batch) -> Tensor:
@@ -29,9 +36,13 @@ def bloom_hidden(model: BloomModel, batch: Batch) -> Tensor:
 
     Source: transformers 5.23, models/bloom/modeling_bloom.py, BloomModel.forward."""
     hidden = model.word_embeddings_layernorm(model.word_embeddings(batch.input_ids))
-    device = hidden.device.type  # in the dtype of attention, else autocast would make every layer a copy of its own
+    device = (
+        hidden.device.type
+    )  # in the dtype of attention, else autocast would make every layer a copy of its own
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    width = 8 * math.ceil(max(grid.width for grid in batch.grids) / 8)  # else CUDA's kernel copies it for each layer
+    width = 8 * math.ceil(
+        max(grid.width for grid in batch.grids) / 8
+    )  # else CUDA's kernel copies it for each layer
     bias = causal_alibi(width, model.num_heads, dtype, hidden.device)
     for block in model.h:
         if model.training and block.gradient_checkpointing:
@@ -43,7 +54,8 @@ def bloom_hidden(model: BloomModel, batch: Batch) -> Tensor:
 
 
 def bloom_block(block: Any, hidden: Tensor, bias: Tensor, grids: list[Grid]) -> Tensor:
-    """A BloomBlock: attention and MLP, each behind a norm and added to what it was given. Shapes: (T, hidden size)."""
+    """A BloomBlock: attention and MLP, each behind a norm and added to what it was given. Shapes:
+    (T, hidden size)."""
     attention, mlp = block.self_attention, block.mlp
     fused = attention.query_key_value(block.input_layernorm(hidden))
     qkv = fused.unflatten(-1, (attention.num_heads, 3, attention.head_dim))
@@ -54,7 +66,8 @@ def bloom_block(block: Any, hidden: Tensor, bias: Tensor, grids: list[Grid]) -> 
 
 
 def causal_alibi(width: int, num_heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """transformers' ALiBi of the keys' positions in their row, -inf on the future. Shapes: (1, heads, width, width)."""
+    """transformers' ALiBi of the keys' positions in their row, -inf on the future. Shapes: (1,
+    heads, width, width)."""
     row = torch.ones(1, width, dtype=torch.int64, device=device)
     alibi: Tensor = build_alibi_tensor(row, num_heads, dtype)
     future = torch.ones(width, width, dtype=torch.bool, device=device).triu(1)

@@ -1,4 +1,5 @@
-"""The model below its head: a batch in, the hidden state of each of its tokens out, in one of two layouts."""
+"""The model below its head: a batch in, the hidden state of each of its tokens out, in one of two
+layouts."""
 
 import math
 from collections.abc import Callable
@@ -14,30 +15,43 @@ from loop.model.bloom import bloom_hidden, is_plain
 
 
 class PackedBody(NamedTuple):
-    """How the body of one kind of model computes rows that are packed end to end, each seeing itself alone."""
+    """How the body of one kind of model computes rows that are packed end to end, each seeing
+    itself alone."""
 
     is_possible: Callable[[Any], bool]  # of the body: does its config ask for nothing beyond this?
     hidden_states: Callable[[Any, Batch], Tensor]  # of the body: (T, hidden size)
-    attention: str | None = None  # transformers' name of the attention that the model is switched to
+    attention: str | None = (
+        None  # transformers' name of the attention that the model is switched to
+    )
 
 
 def _through_attention_interface(body: PreTrainedModel, batch: Batch) -> Tensor:
-    """The model's own forward on one sequence; `grids` travels through its keywords to `attention.py`.
+    """The model's own forward on one sequence; `grids` travels through its keywords to
+    `attention.py`.
 
-    transformers' layers pass on what they do not know to the attention function; `rows_attention` takes it there."""
+    transformers' layers pass on what they do not know to the attention function; `rows_attention`
+    takes it there."""
     ids, positions = batch.input_ids[None], batch.position_ids[None]
-    last: Tensor = body(input_ids=ids, position_ids=positions, grids=batch.grids, use_cache=False).last_hidden_state
+    last: Tensor = body(
+        input_ids=ids, position_ids=positions, grids=batch.grids, use_cache=False
+    ).last_hidden_state
     return last[0]
 
 
 PACKED_BODIES = {BloomModel: PackedBody(is_plain, bloom_hidden)}
-"""Kinds whose forward is written out here, because transformers has no other attention for them than its own."""
-_ANY_OTHER = PackedBody(lambda body: body._supports_attention_backend, _through_attention_interface, ROWS)
+"""Kinds whose forward is written out here, because transformers has no other attention for them
+than its own."""
+_ANY_OTHER = PackedBody(
+    lambda body: body._supports_attention_backend, _through_attention_interface, ROWS
+)
 
 
 def packed_body(causal_lm: PreTrainedModel) -> PackedBody:
-    """The entry of PACKED_BODIES for this model, else the way through transformers' attention interface."""
-    kinds = (packed for kind, packed in PACKED_BODIES.items() if isinstance(causal_lm.base_model, kind))
+    """The entry of PACKED_BODIES for this model, else the way through transformers' attention
+    interface."""
+    kinds = (
+        packed for kind, packed in PACKED_BODIES.items() if isinstance(causal_lm.base_model, kind)
+    )
     return next(kinds, _ANY_OTHER)
 
 
@@ -56,22 +70,30 @@ def own_logits(causal_lm: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def padded_inputs(batch: Batch) -> dict[str, Tensor | bool]:
-    """What a model of transformers is given: (rows, width) ids, and 1 for a token, 0 for padding, by length alone."""
+    """What a model of transformers is given: (rows, width) ids, and 1 for a token, 0 for padding,
+    by length alone."""
     (grid,) = batch.grids
     mask = grid.pad(torch.ones_like(batch.input_ids))
     return {"input_ids": grid.pad(batch.input_ids), "attention_mask": mask, "use_cache": False}
 
 
-def check_padding_free(causal_lm: PreTrainedModel, padded: Batch, free: Batch, tolerance: float) -> float:
-    """Compare the two layouts on the same real rows, without gradients; ready the model for the second if they agree.
+def check_padding_free(
+    causal_lm: PreTrainedModel, padded: Batch, free: Batch, tolerance: float
+) -> float:
+    """Compare the two layouts on the same real rows, without gradients; ready the model for the
+    second if they agree.
 
-    Returns the relative difference of the hidden states of the row where it is largest, so that a long row does not
-    hide what leaked into a short one; infinite where transformers gives the model no way in."""
+    Returns the relative difference of the hidden states of the row where it is largest, so that a
+    long row does not hide what leaked into a short one; infinite where transformers gives the model
+    no way in."""
     packed, before = packed_body(causal_lm), causal_lm.config._attn_implementation
-    # Some models keep a window in their mask alone, which is not made here: just above it, little would show.
+    # Some models keep a window in their mask alone, which is not made here: just above it, little
+    # would show.
     text = causal_lm.config.get_text_config()
     windows = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    is_narrow = any(window is not None and window < max(grid.width for grid in free.grids) for window in windows)
+    is_narrow = any(
+        window is not None and window < max(grid.width for grid in free.grids) for window in windows
+    )
     if is_narrow or not packed.is_possible(causal_lm.base_model):
         return math.inf
     with torch.no_grad():
@@ -79,7 +101,9 @@ def check_padding_free(causal_lm: PreTrainedModel, padded: Batch, free: Batch, t
         if packed.attention is not None:
             causal_lm.set_attn_implementation(packed.attention)
         try:
-            difference = _of_the_worst_row(hidden_states(causal_lm, free, padding_free=True) - own, own, free)
+            difference = _of_the_worst_row(
+                hidden_states(causal_lm, free, padding_free=True) - own, own, free
+            )
         except ValueError:  # transformers' refusal of an option that its SDPA does not have
             difference = math.inf
     if not difference < tolerance:
@@ -91,5 +115,8 @@ def _of_the_worst_row(difference: Tensor, values: Tensor, batch: Batch) -> float
     """The largest ratio of the norms of a row. Shapes: (T, hidden size) both."""
     row = (batch.position_ids == 0).cumsum(0)
     lengths = row.unique_consecutive(return_counts=True)[1].tolist()
-    above, below = (torch.stack([part.norm() for part in tensor.split(lengths)]) for tensor in (difference, values))
+    above, below = (
+        torch.stack([part.norm() for part in tensor.split(lengths)])
+        for tensor in (difference, values)
+    )
     return float((above / below).max())

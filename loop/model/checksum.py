@@ -1,4 +1,5 @@
-"""Proof that the base did not move: a sha256 of every frozen tensor, and the shapes that no forward may change."""
+"""Proof that the base did not move: a sha256 of every frozen tensor, and the shapes that no forward
+may change."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -11,15 +12,16 @@ from loop.model.lora import adapter_parameters
 
 
 def frozen_tensors(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and dtype of every frozen tensor: what no forward may change, and a quantised module might."""
+    """Shape and dtype of every frozen tensor: what no forward may change, and a quantised module
+    might."""
     return {name: (p.shape, p.dtype) for name, p in model.named_parameters() if not p.requires_grad}
 
 
 def base_checksum(model: PeftModel) -> str:
     """One sha256 over name, shape, dtype and content of every frozen tensor: the base's identity.
 
-    Taken again after training it proves that no byte of the base moved. Each tensor of a GPU is copied to memory for
-    it, one per thread; a processor's core hashes about a gigabyte a second."""
+    Taken again after training it proves that no byte of the base moved. Each tensor of a GPU is
+    copied to memory for it, one per thread; a processor's core hashes about a gigabyte a second."""
     trained = {parameter.data_ptr() for parameter in adapter_parameters(model).values()}
     tensors, seen = {}, set()
     for name, tensor in sorted(model.state_dict().items()):

@@ -18,7 +18,8 @@ from loop.model.quantize import dtype_name, num_parameters
 
 
 def add_adapter(base: PreTrainedModel, config: Config) -> PeftModel:
-    """Freeze the base and put LoRA on it: A random from `seed`, B zero, so that step 0 starts at the base.
+    """Freeze the base and put LoRA on it: A random from `seed`, B zero, so that step 0 starts at
+    the base.
 
     Raises: ConfigError that lists the candidates where a target module names nothing."""
     lora = LoraConfig(
@@ -32,10 +33,18 @@ def add_adapter(base: PreTrainedModel, config: Config) -> PeftModel:
         bias="none",
     )
     torch.manual_seed(config.seed)
-    with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5.23 by a name that it has deprecated
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        model = get_peft_model(base, lora, autocast_adapter_dtype=True)  # LoRA in float32 on a bf16 base
-    lora.target_modules = sorted(lora.target_modules or [])  # a set's order changes with Python's hash seed
+    with (
+        warnings.catch_warnings()
+    ):  # PEFT 0.21 asks transformers 5.23 by a name that it has deprecated
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
+        )
+        model = get_peft_model(
+            base, lora, autocast_adapter_dtype=True
+        )  # LoRA in float32 on a bf16 base
+    lora.target_modules = sorted(
+        lora.target_modules or []
+    )  # a set's order changes with Python's hash seed
     if config.gradient_checkpointing:
         base.activation_checkpointing_enable()
     return model
@@ -52,24 +61,36 @@ def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     """Every tensor that is trained, by its name in `adapter_model.safetensors`, sorted by name.
 
     This is the order of the census, of the flat gradient, of the optimizer and of the checkpoint.
-    Raises: ConfigError if nothing is trainable; AssertionError if something outside the adapter is."""
+    Raises: ConfigError if nothing is trainable; AssertionError if something outside the adapter
+    is."""
     saved = get_peft_model_state_dict(model, save_embedding_layers=False)
     names = {tensor.data_ptr(): name for name, tensor in saved.items()}
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainable = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     strangers = [name for name, parameter in trainable.items() if parameter.data_ptr() not in names]
     assert not strangers, f"trainable, but not part of the adapter: {strangers}"
-    assert all(parameter.dtype.itemsize >= 4 for parameter in trainable.values()), "trained below float32"
+    assert all(parameter.dtype.itemsize >= 4 for parameter in trainable.values()), (
+        "trained below float32"
+    )
     if not trainable:
         raise ConfigError("lora_target_modules: nothing is trainable")
-    return dict(sorted((names[parameter.data_ptr()], parameter) for parameter in trainable.values()))
+    return dict(
+        sorted((names[parameter.data_ptr()], parameter) for parameter in trainable.values())
+    )
 
 
 def gradients(parameters: dict[str, nn.Parameter]) -> list[Tensor]:
-    """What backward left in each, flattened. Raises: TrainingStateError by name where it left nothing, silently."""
+    """What backward left in each, flattened. Raises: TrainingStateError by name where it left
+    nothing, silently."""
     missing = [name for name, parameter in parameters.items() if parameter.grad is None]
     if missing:
-        raise TrainingStateError(f"{missing[0]}: is trained but got no gradient, like {len(missing) - 1} others")
-    return [parameter.grad.flatten() for parameter in parameters.values() if parameter.grad is not None]
+        raise TrainingStateError(
+            f"{missing[0]}: is trained but got no gradient, like {len(missing) - 1} others"
+        )
+    return [
+        parameter.grad.flatten() for parameter in parameters.values() if parameter.grad is not None
+    ]
 
 
 def restore_adapter(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
@@ -77,8 +98,12 @@ def restore_adapter(parameters: dict[str, nn.Parameter], tensors: dict[str, Tens
     shapes = {name: (parameter.shape, parameter.dtype) for name, parameter in parameters.items()}
     saved = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     if saved != shapes:
-        mismatched = sorted(name for name in {*shapes, *saved} if shapes.get(name) != saved.get(name))
-        raise CheckpointError(f"adapter_model.safetensors: missing, unexpected or of another shape: {mismatched[:3]}")
+        mismatched = sorted(
+            name for name in {*shapes, *saved} if shapes.get(name) != saved.get(name)
+        )
+        raise CheckpointError(
+            f"adapter_model.safetensors: missing, unexpected or of another shape: {mismatched[:3]}"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
@@ -98,7 +123,8 @@ def census(model: PeftModel) -> dict[str, Any]:
 
 
 def adapter_config_json(model: PeftModel, config: Config) -> bytes:
-    """`adapter_config.json` with sorted keys; the base by its Hub id, or null where it is a local folder."""
+    """`adapter_config.json` with sorted keys; the base by its Hub id, or null where it is a local
+    folder."""
     values: dict[str, Any] = model.peft_config["default"].to_dict()
     local = Path(config.model_name_or_path).exists()
     values |= {
@@ -106,21 +132,36 @@ def adapter_config_json(model: PeftModel, config: Config) -> bytes:
         "revision": None if local else config.model_revision,
         "inference_mode": True,
     }
-    values = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+    values = {
+        key: sorted(value) if isinstance(value, set) else value for key, value in values.items()
+    }
     return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _target_modules(base: PreTrainedModel, requested: tuple[str, ...] | None) -> list[str]:
-    """The modules to adapt. PEFT itself is silent about a name that matches nothing beside one that does."""
+    """The modules to adapt. PEFT itself is silent about a name that matches nothing beside one that
+    does."""
     head = base.get_output_embeddings()
-    linear = {name: module for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    linear = {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    }
     if requested == ("all-linear",):  # PEFT's own rule: every linear module but the head
-        return sorted({name.rsplit(".", 1)[-1] for name, module in linear.items() if module is not head})
+        return sorted(
+            {name.rsplit(".", 1)[-1] for name, module in linear.items() if module is not head}
+        )
     candidates = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
     names = requested if requested is not None else DEFAULT_TARGETS.get(base.config.model_type)
     if names is None:
-        raise ConfigError(f"lora_target_modules: no default for {base.config.model_type}; choose of {candidates}")
-    missing = [name for name in names if not any(m == name or m.endswith("." + name) for m in linear)]
+        raise ConfigError(
+            f"lora_target_modules: no default for {base.config.model_type}; choose of {candidates}"
+        )
+    missing = [
+        name for name in names if not any(m == name or m.endswith("." + name) for m in linear)
+    ]
     if missing:
-        raise ConfigError(f"lora_target_modules: {', '.join(missing)} is not in this model; it has {candidates}")
+        raise ConfigError(
+            f"lora_target_modules: {', '.join(missing)} is not in this model; it has {candidates}"
+        )
     return list(names)

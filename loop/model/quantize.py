@@ -9,23 +9,30 @@ from transformers import BitsAndBytesConfig
 
 
 def quantization_config(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """For `from_pretrained`: 4 is nf4 with double quantisation, 8 is LLM.int8(), 16 and more is None.
+    """For `from_pretrained`: 4 is nf4 with double quantisation, 8 is LLM.int8(), 16 and more is
+    None.
 
-    Weights of linear modules are quantised while they load, the head, embeddings, norms and biases stay in `dtype`.
-    Source: Dettmers et al. 2023 (QLoRA), section 3; Dettmers et al. 2022 (LLM.int8())."""
+    Weights of linear modules are quantised while they load, the head, embeddings, norms and biases
+    stay in `dtype`. Source: Dettmers et al. 2023 (QLoRA), section 3; Dettmers et al. 2022
+    (LLM.int8())."""
     if bits == 4:
         return BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
         )
     return BitsAndBytesConfig(load_in_8bit=True) if bits == 8 else None
 
 
 def keep_trainable(model: nn.Module) -> None:
-    """Stop quantised modules from changing themselves in a forward, as those of bitsandbytes 0.50 do.
+    """Stop quantised modules from changing themselves in a forward, as those of bitsandbytes 0.50
+    do.
 
-    4 bits, on CPUs with avx512_bf16: the first forward without gradients repacks the weights into a form that
-    backward cannot read. After an evaluation Llama would train without any gradient, and without an error.
-    8 bits: each forward casts the bias, for good, to the dtype of its input, which under autocast is another."""
+    4 bits, on CPUs with avx512_bf16: the first forward without gradients repacks the weights into a
+    form that backward cannot read. After an evaluation Llama would train without any gradient, and
+    without an error. 8 bits: each forward casts the bias, for good, to the dtype of its input,
+    which under autocast is another."""
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False

@@ -1,4 +1,5 @@
-"""What the bits of a run depend on beside its identity: versions, code, processes, threads, device."""
+"""What the bits of a run depend on beside its identity: versions, code, processes, threads,
+device."""
 
 import ast
 import hashlib
@@ -12,7 +13,8 @@ import torch
 from accelerate import Accelerator
 
 PACKAGES = (
-    "torch", "accelerate", "transformers", "peft", "datasets", "tokenizers", "safetensors", "numpy", "bitsandbytes"
+    "torch", "accelerate", "transformers", "peft", "datasets", "tokenizers", "safetensors",
+    "numpy", "bitsandbytes",
 )  # fmt: skip
 _LOOP = Path(__file__).parents[1]
 
@@ -21,7 +23,9 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
     """What the bits of a run depend on beside its identity."""
     cuda = accelerator.device.type == "cuda"
     kernels = (
-        [torch.version.cuda, torch.backends.cudnn.version()] if cuda else [torch.backends.cpu.get_cpu_capability()]
+        [torch.version.cuda, torch.backends.cudnn.version()]
+        if cuda
+        else [torch.backends.cpu.get_cpu_capability()]
     )
     device = torch.cuda.get_device_name(accelerator.device) if cuda else platform.machine()
     versions = {name: metadata.version(name) for name in PACKAGES}
@@ -35,16 +39,26 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def source_sha256() -> str:
-    """Of every file of this package that training imports: their paths and contents, in the order of the paths.
+    """Of every file of this package that training imports: their paths and contents, in the order
+    of the paths.
 
-    A word in the model card's code changes nothing that was trained, so it is not in it; one in the collator is."""
+    A word in the model card's code changes nothing that was trained, so it is not in it; one in the
+    collator is."""
     package, reached, waiting = _LOOP, set[Path](), [_LOOP / "train.py"]
     while waiting:
         path = waiting.pop()
         if path not in reached:
             reached.add(path)
-            nodes = (node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.ImportFrom))
-            names = [str(node.module).split(".") for node in nodes if str(node.module).startswith("loop.")]
+            nodes = (
+                node
+                for node in ast.walk(ast.parse(path.read_bytes()))
+                if isinstance(node, ast.ImportFrom)
+            )
+            names = [
+                str(node.module).split(".")
+                for node in nodes
+                if str(node.module).startswith("loop.")
+            ]
             waiting += [package.joinpath(*name[1:]).with_suffix(".py") for name in names]
     source = hashlib.sha256()
     for path in sorted(reached):
@@ -53,8 +67,18 @@ def source_sha256() -> str:
 
 
 def source_commit() -> str | None:
-    """The commit of the checkout that runs, with a + where it was changed; None where there is no checkout."""
-    git = ["git", "-C", str(_LOOP), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    """The commit of the checkout that runs, with a + where it was changed; None where there is no
+    checkout."""
+    git = [
+        "git",
+        "-C",
+        str(_LOOP),
+        "describe",
+        "--always",
+        "--abbrev=40",
+        "--dirty=+",
+        "--exclude=*",
+    ]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -12,7 +12,8 @@ _STATUS = Path("/proc/self/status")
 def peak_memory(device: torch.device) -> int:
     """Bytes: of the GPU's allocator, else of this whole process.
 
-    Not getrusage's on Linux: that starts at the peak of the launcher, which it inherits through fork and exec."""
+    Not getrusage's on Linux: that starts at the peak of the launcher, which it inherits through
+    fork and exec."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     for line in _STATUS.read_text().splitlines() if _STATUS.is_file() else []:
@@ -25,4 +26,6 @@ def peak_memory(device: torch.device) -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """torch's CPU allocator and cuBLAS raise plain RuntimeErrors."""
     words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        word in str(error) for word in words
+    )

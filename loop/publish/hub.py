@@ -1,4 +1,5 @@
-"""The Hub, as a publication needs it: look, send one commit, fetch it back. Nothing here deletes anything."""
+"""The Hub, as a publication needs it: look, send one commit, fetch it back. Nothing here deletes
+anything."""
 
 import errno
 import hashlib
@@ -36,7 +37,8 @@ from loop.errors import EnvironmentFault, HubError, LoopError
 
 Answer = TypeVar("Answer")
 WAITS = (1.0, 2.0, 4.0)
-"""Seconds before each further attempt. The client itself repeats uploads and downloads, five times."""
+"""Seconds before each further attempt. The client itself repeats uploads and downloads, five
+times."""
 LONGEST_WAIT = 300.0
 """Seconds; where the Hub asks for more patience than this, the user decides."""
 TIMEOUT = 60.0
@@ -47,7 +49,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Hub:
-    """The client, and whose token it uses. The token is passed to each call and never kept in the environment."""
+    """The client, and whose token it uses. The token is passed to each call and never kept in the
+    environment."""
 
     api: HfApi
     token: str
@@ -64,7 +67,10 @@ class Remote:
 
     def holds(self, files: dict[str, bytes]) -> bool:
         """Whether each of these files is there, with these bytes."""
-        return all(self.oids.get(name) in (hashlib.sha256(c).hexdigest(), _git_oid(c)) for name, c in files.items())
+        return all(
+            self.oids.get(name) in (hashlib.sha256(c).hexdigest(), _git_oid(c))
+            for name, c in files.items()
+        )
 
 
 @dataclass(frozen=True)
@@ -81,24 +87,36 @@ def connect() -> Hub:
         raise HubError("HF_HUB_OFFLINE is set: publishing needs the network; unset it")
     try:
         token = get_token()
-    except Exception as error:  # a file that is no text, an exchange that fails: the client has no common kind
-        raise HubError(f"the token cannot be read: {type(error).__name__}; hf auth login, or set HF_TOKEN") from None
+    except (
+        Exception
+    ) as error:  # a file that is no text, an exchange that fails: the client has no common kind
+        raise HubError(
+            f"the token cannot be read: {type(error).__name__}; hf auth login, or set HF_TOKEN"
+        ) from None
     if token is None:
-        raise HubError("no token: publishing needs one that may write; hf auth login, or set HF_TOKEN")
+        raise HubError(
+            "no token: publishing needs one that may write; hf auth login, or set HF_TOKEN"
+        )
     if not re.fullmatch(r"[\x21-\x7e]+", token):  # the client would quote it in its complaint
-        raise HubError("the token holds characters that no token has; copy it again: hf auth login, or set HF_TOKEN")
+        raise HubError(
+            "the token holds characters that no token has; copy it again: hf auth login, or set"
+            " HF_TOKEN"
+        )
     set_client_factory(_client)
     for module in ("utils._http", "file_download"):
         logging.getLogger(f"huggingface_hub.{module}").filters = [_RetryLog(token)]
     hub = Hub(HfApi(token=token), token, "")
     about = with_retries(hub, "ask whose token it is", lambda: _whoami(hub.api))
     if about["role"] == "read":
-        raise HubError(f"the token of {about['name']} may only read; make one that may write: hf auth login")
+        raise HubError(
+            f"the token of {about['name']} may only read; make one that may write: hf auth login"
+        )
     return replace(hub, user=about["name"])
 
 
 def look(hub: Hub, repo_id: str, revision: str | None) -> Remote | None:
-    """What is at a branch (None: main) now; None where there is no such repository. Raises: HubError.
+    """What is at a branch (None: main) now; None where there is no such repository. Raises:
+    HubError.
 
     A branch that is not there yet has main's files, which it will begin with, and no head."""
     what = f"look at {repo_id}{f', {revision}' if revision else ''}"
@@ -109,11 +127,16 @@ def look(hub: Hub, repo_id: str, revision: str | None) -> Remote | None:
             raise HubError(f"{repo_id} is disabled on the Hub")
         if not _COMMIT.fullmatch(info.sha or ""):
             raise HubError(f"{what}: the Hub answered without a commit")
-        oids = {file.rfilename: (file.lfs.sha256 if file.lfs else file.blob_id) or "" for file in info.siblings or []}
+        oids = {
+            file.rfilename: (file.lfs.sha256 if file.lfs else file.blob_id) or ""
+            for file in info.siblings or []
+        }
         return Remote(bool(info.private), info.sha, oids)
 
     try:
-        return with_retries(hub, what, lambda: ask(revision), RepositoryNotFoundError, RevisionNotFoundError)
+        return with_retries(
+            hub, what, lambda: ask(revision), RepositoryNotFoundError, RevisionNotFoundError
+        )
     except GatedRepoError as error:
         raise _hub_error(hub, what, error) from None
     except RepositoryNotFoundError:
@@ -123,17 +146,27 @@ def look(hub: Hub, repo_id: str, revision: str | None) -> Remote | None:
 
 
 def create(hub: Hub, repo_id: str, public: bool) -> None:
-    """Make the repository; one that is there already is left as it is. Raises: HubError, and then there is none."""
-    with_retries(hub, f"create {repo_id}", lambda: hub.api.create_repo(repo_id, private=not public, exist_ok=True))
+    """Make the repository; one that is there already is left as it is. Raises: HubError, and then
+    there is none."""
+    with_retries(
+        hub,
+        f"create {repo_id}",
+        lambda: hub.api.create_repo(repo_id, private=not public, exist_ok=True),
+    )
 
 
 def create_branch(hub: Hub, repo_id: str, branch: str) -> None:
     """Make a branch where main is."""
-    with_retries(hub, f"branch {branch}", lambda: hub.api.create_branch(repo_id, branch=branch, exist_ok=True))
+    with_retries(
+        hub,
+        f"branch {branch}",
+        lambda: hub.api.create_branch(repo_id, branch=branch, exist_ok=True),
+    )
 
 
 def check_card(hub: Hub, card: str) -> None:
-    """Let the Hub read the card's metadata before anything is made there. Raises: HubError with what it dislikes."""
+    """Let the Hub read the card's metadata before anything is made there. Raises: HubError with
+    what it dislikes."""
     with_retries(hub, "check the card's metadata", lambda: ModelCard(card).validate())
 
 
@@ -154,13 +187,22 @@ def open_pull_request(hub: Hub, repo_id: str, files: dict[str, bytes]) -> Sent |
 
 
 def commit(
-    hub: Hub, repo_id: str, files: dict[str, bytes], parent: Remote, revision: str | None, create_pr: bool, message: str
+    hub: Hub,
+    repo_id: str,
+    files: dict[str, bytes],
+    parent: Remote,
+    revision: str | None,
+    create_pr: bool,
+    message: str,
 ) -> Sent:
     """Send files as one commit on `parent`.
 
-    An answer that was lost may stand for a commit that is there: after each failure it is looked for first.
-    Raises: HubError; then nothing was committed, or it says that this is not known."""
-    what, operations = f"commit to {repo_id}", [CommitOperationAdd(name, content) for name, content in files.items()]
+    An answer that was lost may stand for a commit that is there: after each failure it is looked
+    for first. Raises: HubError; then nothing was committed, or it says that this is not known."""
+    what, operations = (
+        f"commit to {repo_id}",
+        [CommitOperationAdd(name, content) for name, content in files.items()],
+    )
     for wait in (*WAITS, None):
         try:
             sent = hub.api.create_commit(
@@ -175,11 +217,16 @@ def commit(
                 raise HubError(f"{what}: the Hub answered without a commit")
             return Sent(sent.oid, sent.pr_url)
         except Exception as error:  # what a client may raise on a bad answer has no common kind
-            cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+            cause = (
+                error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+            )
             there = _landed(hub, repo_id, files, parent, revision, create_pr, cause)
             if there is not None:
                 return there
-            conflict = isinstance(cause, HfHubHTTPError) and cause.response.status_code in (409, 412)
+            conflict = isinstance(cause, HfHubHTTPError) and cause.response.status_code in (
+                409,
+                412,
+            )
             if wait is None or not (conflict or _is_passing(cause)):
                 raise _hub_error(hub, what, cause, "; nothing was committed") from None
             _pause(hub, what, cause, wait)
@@ -187,29 +234,47 @@ def commit(
 
 
 def _landed(
-    hub: Hub, repo_id: str, files: dict[str, bytes], parent: Remote, revision: str | None, create_pr: bool,
-    error: BaseException,
+    hub: Hub, repo_id: str, files: dict[str, bytes], parent: Remote,
+    revision: str | None, create_pr: bool, error: BaseException,
 ) -> Sent | None:  # fmt: skip
-    """The commit that a failed call may have left; None if it has left none. Raises: HubError if that is not known."""
+    """The commit that a failed call may have left; None if it has left none. Raises: HubError if
+    that is not known."""
     try:
         there = open_pull_request(hub, repo_id, files) if create_pr else None
         now = look(hub, repo_id, revision)
     except HubError as unknown:
-        state = f"commit to {repo_id}: {_what_happened(hub, error)}; whether it is there is not known: {unknown}"
+        state = (
+            f"commit to {repo_id}: {_what_happened(hub, error)}; whether it is there is not known:"
+            f" {unknown}"
+        )
         raise HubError(f"{state}; run the same command again: it looks before it sends") from None
-    if there is None and not create_pr and now is not None and now.head is not None and now.holds(files):
+    if (
+        there is None
+        and not create_pr
+        and now is not None
+        and now.head is not None
+        and now.holds(files)
+    ):
         there = Sent(now.head)
     if there is None and (now is None or now.head != parent.head):
         moved = f"it was at {parent.head} when this was planned, and is at {now and now.head}"
-        raise HubError(f"{repo_id} has moved: {moved}; look at its history, then run it again") from None
+        raise HubError(
+            f"{repo_id} has moved: {moved}; look at its history, then run it again"
+        ) from None
     return there
 
 
 def tag_commit(hub: Hub, repo_id: str, tag: str, commit: str) -> None:
     """Name a commit. Raises: HubError if afterwards the name does not stand for it."""
-    with_retries(hub, f"tag {tag}", lambda: hub.api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True))
+    with_retries(
+        hub,
+        f"tag {tag}",
+        lambda: hub.api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True),
+    )
     if tagged(hub, repo_id, tag) != commit:
-        raise HubError(f"--tag: {tag} does not stand for {commit}; choose another name and run it again")
+        raise HubError(
+            f"--tag: {tag} does not stand for {commit}; choose another name and run it again"
+        )
 
 
 def tagged(hub: Hub, repo_id: str, tag: str) -> str | None:
@@ -219,12 +284,15 @@ def tagged(hub: Hub, repo_id: str, tag: str) -> str | None:
 
 
 def fetch(hub: Hub, repo_id: str, name: str, commit: str | None, folder: Path) -> Path | None:
-    """One file as the Hub serves it, through a cache in `folder`; None where it has none. Raises: HubError."""
+    """One file as the Hub serves it, through a cache in `folder`; None where it has none. Raises:
+    HubError."""
     try:
         path = with_retries(
             hub,
             f"download {name} of {repo_id}",
-            lambda: hf_hub_download(repo_id, name, revision=commit, token=hub.token, cache_dir=folder),
+            lambda: hf_hub_download(
+                repo_id, name, revision=commit, token=hub.token, cache_dir=folder
+            ),
             EntryNotFoundError,
         )
         return Path(path)
@@ -232,23 +300,36 @@ def fetch(hub: Hub, repo_id: str, name: str, commit: str | None, folder: Path) -
         return None
 
 
-def with_retries(hub: Hub, what: str, call: Callable[[], Answer], *expected: type[Exception]) -> Answer:
-    """Call; after a failure that may pass, again, a bounded number of times, each with a line on stderr.
+def with_retries(
+    hub: Hub, what: str, call: Callable[[], Answer], *expected: type[Exception]
+) -> Answer:
+    """Call; after a failure that may pass, again, a bounded number of times, each with a line on
+    stderr.
 
-    Raises: HubError in one sentence, without the client's own words behind it, which may quote an address with its
-    signature; exceptions of the `expected` kinds as they are; EnvironmentFault if this machine's disk refuses."""
+    Raises: HubError in one sentence, without the client's own words behind it, which may quote an
+    address with its signature; exceptions of the `expected` kinds as they are; EnvironmentFault if
+    this machine's disk refuses."""
     for wait in (*WAITS, None):
         try:
             return call()
         except LoopError:
             raise
         except Exception as error:  # what a client may raise on a bad answer has no common kind
-            lost = isinstance(error, LocalEntryNotFoundError)  # what a download makes of a failed connection
+            lost = isinstance(
+                error, LocalEntryNotFoundError
+            )  # what a download makes of a failed connection
             if isinstance(error, expected) and not lost:
                 raise
             cause = error.__cause__ if lost and error.__cause__ is not None else error
-            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES):
-                raise EnvironmentFault(f"{what}: {cause.strerror}; free some space, or set TMPDIR") from None
+            if isinstance(cause, OSError) and cause.errno in (
+                errno.ENOSPC,
+                errno.EDQUOT,
+                errno.EFBIG,
+                errno.EACCES,
+            ):
+                raise EnvironmentFault(
+                    f"{what}: {cause.strerror}; free some space, or set TMPDIR"
+                ) from None
             if wait is None or not _is_passing(cause):
                 raise _hub_error(hub, what, cause) from None
             _pause(hub, what, cause, wait)
@@ -257,17 +338,24 @@ def with_retries(hub: Hub, what: str, call: Callable[[], Answer], *expected: typ
 
 def _whoami(api: HfApi) -> dict[str, str]:
     about = api.whoami()
-    return {"name": str(about["name"]), "role": str(about.get("auth", {}).get("accessToken", {}).get("role"))}
+    return {
+        "name": str(about["name"]),
+        "role": str(about.get("auth", {}).get("accessToken", {}).get("role")),
+    }
 
 
 def _client() -> httpx2.Client:
-    return httpx2.Client(follow_redirects=True, timeout=TIMEOUT, event_hooks={"response": [_refuse_long_waits]})
+    return httpx2.Client(
+        follow_redirects=True, timeout=TIMEOUT, event_hooks={"response": [_refuse_long_waits]}
+    )
 
 
 def _refuse_long_waits(response: httpx2.Response) -> None:
     """The client waits for as long as it is asked to. Raises: HubError above LONGEST_WAIT."""
     if _requested_wait(response) > LONGEST_WAIT:
-        raise HubError(f"the Hub asks to be left alone for {_requested_wait(response):g} s; run it again then")
+        raise HubError(
+            f"the Hub asks to be left alone for {_requested_wait(response):g} s; run it again then"
+        )
 
 
 def _requested_wait(response: httpx2.Response) -> float:
@@ -298,11 +386,17 @@ def _what_happened(hub: Hub, error: BaseException) -> str:
         status, said = error.response.status_code, (error.server_message or "").splitlines()
         words = f"the Hub answered {status}{f' ({said[0][:200]})' if said else ''}"
     elif isinstance(error, httpx2.TransportError):
-        words = f"no connection ({type(error).__name__}: {(str(error).splitlines() or ['lost'])[0][:200]})"
+        words = (
+            f"no connection ({type(error).__name__}:"
+            f" {(str(error).splitlines() or ['lost'])[0][:200]})"
+        )
     elif isinstance(error, HubError):
         words = str(error)
     else:
-        words = f"an answer that cannot be read ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})"
+        words = (
+            f"an answer that cannot be read ({type(error).__name__}:"
+            f" {(str(error).splitlines() or [''])[0][:200]})"
+        )
     return _without_secrets(words, hub.token)
 
 
@@ -310,9 +404,15 @@ def _hub_error(hub: Hub, what: str, error: BaseException, state: str = "") -> Hu
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     hint = {
         401: "the token is wrong or expired; log in again: hf auth login",
-        403: f"this token{f' of {hub.user}' if hub.user else ''} may not do that; take one that may write there",
+        403: (
+            f"this token{f' of {hub.user}' if hub.user else ''} may not do that; take one that may"
+            " write there"
+        ),
         404: "is the name right, and may this token see it?",
-    }.get(status or 0, "run the same command again: it looks before it sends" if _is_passing(error) else "")
+    }.get(
+        status or 0,
+        "run the same command again: it looks before it sends" if _is_passing(error) else "",
+    )
     if isinstance(error, GatedRepoError):
         hint = "it is gated: ask for access on its page"
     return HubError(f"{what}: {_what_happened(hub, error)}{state}{'; ' if hint else ''}{hint}")

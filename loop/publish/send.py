@@ -1,4 +1,5 @@
-"""Plan, one commit, and everything downloaded again and compared before it says that it is there."""
+"""Plan, one commit, and everything downloaded again and compared before it says that it is
+there."""
 
 import json
 import signal
@@ -55,41 +56,62 @@ def publish(plan: Plan, evidence: Evidence, verify_logits: bool) -> dict[str, An
         plan = with_card_on_hub(hub, pin(plan, evidence, base_commit), remote, downloads)
         check_card(hub, plan.files["README.md"].decode())
         say_what_changes(plan, target, remote)
-        base = load_base_on_hub(plan, evidence) if verify_logits else None  # before anything is sent
+        base = (
+            load_base_on_hub(plan, evidence) if verify_logits else None
+        )  # before anything is sent
         sent = send(hub, plan, remote)
         adapter = verify(hub, plan, sent, downloads)
         if base is not None:
             check_logits(base, adapter, evidence)
     if target.tag is not None:
         tag_commit(hub, target.repo_id, target.tag, sent.commit)
-    where = {"repo_id": target.repo_id, "url": f"{hub.api.endpoint}/{target.repo_id}", **asdict(sent)}
+    where = {
+        "repo_id": target.repo_id,
+        "url": f"{hub.api.endpoint}/{target.repo_id}",
+        **asdict(sent),
+    }
     where |= {"public": target.public, "revision": target.revision, "tag": target.tag}
-    about = {"base_model": target.base, "base_commit": base_commit, "step": plan.step, "files": plan.sizes}
+    about = {
+        "base_model": target.base,
+        "base_commit": base_commit,
+        "step": plan.step,
+        "files": plan.sizes,
+    }
     return {**where, **about, "published": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
 def check_base(hub: Hub, evidence: Evidence, target: Target, folder: Path) -> str:
-    """The commit of the base on the Hub, whose config.json has to be the one that was trained on. Raises: HubError."""
+    """The commit of the base on the Hub, whose config.json has to be the one that was trained on.
+    Raises: HubError."""
     remote = look(hub, target.base, target.base_commit)
     if remote is None or remote.head is None:
         raise HubError(
-            f"the base {target.base} at {target.base_commit or 'main'}: not on the Hub, or not for this token"
+            f"the base {target.base} at {target.base_commit or 'main'}: not on the Hub, or not for"
+            " this token"
         )
     path = fetch(hub, target.base, "config.json", remote.head, folder)
     try:
-        actual = sha256(canonical_json(without_volatile(json.loads(path.read_bytes() if path else b"{}"))))
+        actual = sha256(
+            canonical_json(without_volatile(json.loads(path.read_bytes() if path else b"{}")))
+        )
     except (ValueError, TypeError, AttributeError, RecursionError):
         actual = "no config"
     if actual != evidence.run["identity"]["base_config_sha256"]:
-        raise HubError(f"the base {target.base} at {remote.head}: its config.json is not that of the base trained on")
+        raise HubError(
+            f"the base {target.base} at {remote.head}: its config.json is not that of the base"
+            " trained on"
+        )
     return remote.head
 
 
 def check_remote(hub: Hub, target: Target, remote: Remote | None) -> None:
-    """Raises: HubError where the repository is not as the flags say. Nothing has been written to it."""
+    """Raises: HubError where the repository is not as the flags say. Nothing has been written to
+    it."""
     if remote is None:
         if target.create_pr or target.revision:
-            raise HubError(f"{target.repo_id}: not there; --create_pr and --revision need a repository")
+            raise HubError(
+                f"{target.repo_id}: not there; --create_pr and --revision need a repository"
+            )
         return
     if remote.private and target.public:
         raise HubError(f"{target.repo_id} is private; leave --public out, or change it on its page")
@@ -116,7 +138,10 @@ def say_what_changes(plan: Plan, target: Target, remote: Remote | None) -> None:
     if remote is None:
         lines.append(f"Hub       no {target.repo_id} yet: it is made now")
     elif remote.head is None:
-        lines.append(f"Hub       {target.repo_id} has no branch {target.revision} yet: it is made now, from main")
+        lines.append(
+            f"Hub       {target.repo_id} has no branch {target.revision} yet: it is made now, from"
+            " main"
+        )
     else:
         others = sorted(remote.oids.keys() - plan.files.keys())
         left = f"; left as they are: {', '.join(others)}" if others else ""
@@ -124,20 +149,28 @@ def say_what_changes(plan: Plan, target: Target, remote: Remote | None) -> None:
     if target.base_commit is None:
         lines.append(f"base      {target.base} at {plan.target.base_commit}")
     if remote is None or not remote.holds(plan.files):
-        changed = ("adapter_config.json", "README.md") if target.base_commit is None else ("README.md",)
+        changed = (
+            ("adapter_config.json", "README.md") if target.base_commit is None else ("README.md",)
+        )
         for name in changed:
-            lines.append(f"send      {name}: {len(plan.files[name]):,} bytes, sha256 {sha256(plan.files[name])}")
+            lines.append(
+                f"send      {name}: {len(plan.files[name]):,} bytes, sha256"
+                f" {sha256(plan.files[name])}"
+            )
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def send(hub: Hub, plan: Plan, remote: Remote | None) -> Sent:
-    """The commit that holds the plan's files: one that is there already, or a new one. Raises: HubError."""
+    """The commit that holds the plan's files: one that is there already, or a new one. Raises:
+    HubError."""
     target = plan.target
     if remote is None:
         create(hub, target.repo_id, target.public)
         remote = look(hub, target.repo_id, None)
         if remote is not None and not remote.oids.keys() <= {".gitattributes"}:
-            raise HubError(f"{target.repo_id} was made by somebody else meanwhile, and has files; run it again")
+            raise HubError(
+                f"{target.repo_id} was made by somebody else meanwhile, and has files; run it again"
+            )
     elif target.revision is not None and remote.head is None:
         create_branch(hub, target.repo_id, target.revision)
         remote = look(hub, target.repo_id, target.revision)
@@ -146,17 +179,30 @@ def send(hub: Hub, plan: Plan, remote: Remote | None) -> Sent:
     there = Sent(remote.head) if remote.holds(plan.files) else None
     if there is None and target.create_pr:
         there = open_pull_request(hub, target.repo_id, plan.files)
-    if target.tag is not None and tagged(hub, target.repo_id, target.tag) not in (None, there and there.commit):
-        raise HubError(f"--tag: {target.tag} is another commit already; choose another name; nothing was committed")
+    if target.tag is not None and tagged(hub, target.repo_id, target.tag) not in (
+        None,
+        there and there.commit,
+    ):
+        raise HubError(
+            f"--tag: {target.tag} is another commit already; choose another name; nothing was"
+            " committed"
+        )
     if there is not None:
-        print(f"Hub       all of it is there already, at {there.commit}: nothing was sent", file=sys.stderr, flush=True)
+        print(
+            f"Hub       all of it is there already, at {there.commit}: nothing was sent",
+            file=sys.stderr,
+            flush=True,
+        )
         return there
     message = f"LoRA adapter after {plan.step} steps"
-    return commit(hub, target.repo_id, plan.files, remote, target.revision, target.create_pr, message)
+    return commit(
+        hub, target.repo_id, plan.files, remote, target.revision, target.create_pr, message
+    )
 
 
 def verify(hub: Hub, plan: Plan, sent: Sent, folder: Path) -> Path:
-    """Download everything at the commit and compare it; the folder where it lies. Raises: HubError."""
+    """Download everything at the commit and compare it; the folder where it lies. Raises:
+    HubError."""
     target, here = plan.target, f"{plan.target.repo_id} at {sent.commit}"
     there = folder
     for name, content in plan.files.items():
@@ -165,25 +211,39 @@ def verify(hub: Hub, plan: Plan, sent: Sent, folder: Path) -> Path:
         there = path.parent if path else there
         if downloaded != content:
             served = "no such file" if downloaded is None else f"sha256 {sha256(downloaded)}"
-            raise HubError(f"{here}: {name} is served as {served}, expected {sha256(content)}; do not use this commit")
+            raise HubError(
+                f"{here}: {name} is served as {served}, expected {sha256(content)}; do not use this"
+                " commit"
+            )
     config = with_retries(
         hub,
         f"load {target.repo_id}",
-        lambda: PeftConfig.from_pretrained(target.repo_id, revision=sent.commit, token=hub.token, cache_dir=folder),
+        lambda: PeftConfig.from_pretrained(
+            target.repo_id, revision=sent.commit, token=hub.token, cache_dir=folder
+        ),
     )
     if (config.base_model_name_or_path, config.revision) != (target.base, target.base_commit):
         raise HubError(f"{here}: PEFT reads the base {config.base_model_name_or_path} from it")
     now = look(hub, target.repo_id, target.revision)
-    if now is None or now.private == target.public or not (sent.pull_request or now.holds(plan.files)):
-        raise HubError(f"{here}: the repository was changed while it was verified; look at its page")
+    if (
+        now is None
+        or now.private == target.public
+        or not (sent.pull_request or now.holds(plan.files))
+    ):
+        raise HubError(
+            f"{here}: the repository was changed while it was verified; look at its page"
+        )
     return there
 
 
 def load_base_on_hub(plan: Plan, evidence: Evidence) -> PreTrainedModel:
-    """The base by its Hub id, as the run loaded its own; without a token, as whoever reads the card would.
+    """The base by its Hub id, as the run loaded its own; without a token, as whoever reads the card
+    would.
 
     Raises: HubError."""
-    config = replace(evidence.config, model_name_or_path=plan.target.base, model_revision=plan.target.base_commit)
+    config = replace(
+        evidence.config, model_name_or_path=plan.target.base, model_revision=plan.target.base_commit
+    )
     return load_for_inference(config)
 
 
@@ -197,20 +257,31 @@ def check_logits(base_on_hub: PreTrainedModel, adapter_on_hub: Path, evidence: E
     if not torch.equal(here, there):
         largest = f"{(here - there).abs().max():.3g}"
         raise HubError(
-            f"logits from the Hub differ from the run's by up to {largest}: it is another base; do not use it"
+            f"logits from the Hub differ from the run's by up to {largest}: it is another base; do"
+            " not use it"
         )
-    print("logits    base and adapter from the Hub give the same as here, bit for bit", file=sys.stderr, flush=True)
+    print(
+        "logits    base and adapter from the Hub give the same as here, bit for bit",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 @contextmanager
 def interruptions(repo_id: str) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP end a publication with a word about what may be on the Hub, and leave no downloads."""
+    """Ctrl-C, SIGTERM and SIGHUP end a publication with a word about what may be on the Hub, and
+    leave no downloads."""
 
     def stop(number: int, _frame: object) -> NoReturn:
         state = f"{repo_id} may hold the commit, unverified"
-        raise Stopped(number, f"interrupted: {state}; run the same command again: it looks before it sends")
+        raise Stopped(
+            number, f"interrupted: {state}; run the same command again: it looks before it sends"
+        )
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {
+        number: signal.signal(number, stop)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     try:
         yield
     finally:

@@ -1,4 +1,5 @@
-"""How a run ends: the base proven untouched, the finished adapter put in place, and what came out of it."""
+"""How a run ends: the base proven untouched, the finished adapter put in place, and what came out
+of it."""
 
 import signal
 from dataclasses import asdict, dataclass
@@ -28,13 +29,17 @@ class Result:
 def finish(run: Run) -> Result:
     """End a run of which every step is done. Done a second time it changes no byte.
 
-    Raises: LoopError if a byte of the base has moved; CheckpointError if the last checkpoint does not verify."""
+    Raises: LoopError if a byte of the base has moved; CheckpointError if the last checkpoint does
+    not verify."""
     if base_checksum(run.model) != run.identity["base_checksum"]:
         raise LoopError("the frozen base changed during training; do not use this adapter")
     checkpoint, result = _read_result(run, run.num_steps)
     if run.accelerator.is_main_process:
         adapter, files = run.folder / "adapter", checkpoint.adapter_files()
-        present = adapter.is_dir() and {path.name: path.read_bytes() for path in adapter.iterdir()} == files
+        present = (
+            adapter.is_dir()
+            and {path.name: path.read_bytes() for path in adapter.iterdir()} == files
+        )
         if not present:
             commit_folder(adapter, files)
         if present and read_run_json(run.folder / "run.json").get("result") == asdict(result):
@@ -42,7 +47,8 @@ def finish(run: Run) -> Result:
         else:
             keep_sample(run, "adapter")
             write_run_json(
-                run.folder / "run.json", {**read_run_json(run.folder / "run.json"), "result": asdict(result)}
+                run.folder / "run.json",
+                {**read_run_json(run.folder / "run.json"), "result": asdict(result)},
             )
         print("\n".join(_summary(run, result)), flush=True)
     run.accelerator.wait_for_everyone()
@@ -57,9 +63,13 @@ def stop(run: Run, step: int, number: int) -> Result:
     if number:
         name = signal.Signals(number).name
         raise Stopped(
-            number, f"{name}: saved after step {step} of {run.num_steps}; the same command goes on from there"
+            number,
+            f"{name}: saved after step {step} of {run.num_steps}; the same command goes on from"
+            " there",
         )
-    run.accelerator.print(f"Stopped after step {step} of {run.num_steps}: without stop_after_steps the run goes on.")
+    run.accelerator.print(
+        f"Stopped after step {step} of {run.num_steps}: without stop_after_steps the run goes on."
+    )
     return result
 
 
@@ -68,7 +78,10 @@ def keep_sample(run: Run, of: str) -> None:
     if run.accelerator.is_main_process and run.config.sample_prompt is not None:
         manifest = read_run_json(run.folder / "run.json")
         text = sample(run.accelerator, run.model, run.tokenizer, run.config.sample_prompt)
-        write_run_json(run.folder / "run.json", {**manifest, "samples": {**manifest.get("samples", {}), of: text}})
+        write_run_json(
+            run.folder / "run.json",
+            {**manifest, "samples": {**manifest.get("samples", {}), of: text}},
+        )
 
 
 def _read_result(run: Run, step: int) -> tuple[Checkpoint, Result]:
@@ -77,7 +90,9 @@ def _read_result(run: Run, step: int) -> tuple[Checkpoint, Result]:
     entries = read_ledger(run.folder / "ledger.jsonl", run.identity_sha256, checkpoint.ledger)
     losses = [entry["eval_loss"] for entry in entries if "eval_loss" in entry] or [None]
     adapter_sha256 = sha256(checkpoint.adapter_files()["adapter_model.safetensors"])
-    return checkpoint, Result(step, run.num_steps, losses[0], losses[-1], adapter_sha256, checkpoint.ledger.head)
+    return checkpoint, Result(
+        step, run.num_steps, losses[0], losses[-1], adapter_sha256, checkpoint.ledger.head
+    )
 
 
 def _summary(run: Run, result: Result) -> list[str]:
@@ -91,9 +106,15 @@ def _summary(run: Run, result: Result) -> list[str]:
     lines += [f"{of:8} sample, an impression and no measure: {text}" for of, text in texts.items()]
     return [
         *lines,
-        f"base     checksum {run.identity['base_checksum'][:12]} before and after: not one byte has changed",
+        (
+            f"base     checksum {run.identity['base_checksum'][:12]} before and after: not one byte"
+            " has changed"
+        ),
         f"ledger   {run.folder / 'ledger.jsonl'}, head {result.ledger_head}",
-        f"adapter  {run.folder / 'adapter' / 'adapter_model.safetensors'}, sha256 {result.adapter_sha256}",
+        (
+            f"adapter  {run.folder / 'adapter' / 'adapter_model.safetensors'}, sha256"
+            f" {result.adapter_sha256}"
+        ),
         f'next     python -m loop.generate {run.folder} --prompt "..."',
         f"publish  python -m loop.publish {run.folder} --repo_id OWNER/NAME --dry_run",
     ]

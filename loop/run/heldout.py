@@ -13,12 +13,17 @@ from loop.errors import NonFiniteError
 from loop.model.loss import SummedLoss
 
 
-def heldout_loss(accelerator: Accelerator, loss: SummedLoss, examples: Examples, steps: Steps) -> float:
-    """Nats per target token over all held-out rows and processes, cut like training steps; dropout off, mode put back.
+def heldout_loss(
+    accelerator: Accelerator, loss: SummedLoss, examples: Examples, steps: Steps
+) -> float:
+    """Nats per target token over all held-out rows and processes, cut like training steps; dropout
+    off, mode put back.
 
     Each micro-batch's sum is float32, their sum float64. One collective.
     Raises: NonFiniteError, on every process alike."""
-    pieces = cut(examples.lengths, steps.micro_batch_tokens, accelerator.num_processes, steps.padding_free)
+    pieces = cut(
+        examples.lengths, steps.micro_batch_tokens, accelerator.num_processes, steps.padding_free
+    )
     was_training = loss.training
     loss.eval()
     sums = []
@@ -30,5 +35,7 @@ def heldout_loss(accelerator: Accelerator, loss: SummedLoss, examples: Examples,
     total = accelerator.reduce(torch.stack(sums).double().sum(), "sum")
     loss_per_target = float(total) / int(examples.num_targets.sum())
     if not math.isfinite(loss_per_target):
-        raise NonFiniteError(f"the held-out loss is {loss_per_target}; the last checkpoint is intact")
+        raise NonFiniteError(
+            f"the held-out loss is {loss_per_target}; the last checkpoint is intact"
+        )
     return loss_per_target

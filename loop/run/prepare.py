@@ -35,10 +35,12 @@ from loop.update.optim import adamw, warmup
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a step needs. Equal on every process but for the process's share of `steps`."""
+    """Everything that a step needs. Equal on every process but for the process's share of
+    `steps`."""
 
     config: Config
-    requested: Config  # as given; `config` has the commits and, after the rehearsal, the number that `auto` stands for
+    requested: Config
+    """As given; `config` has the commits and, after the rehearsal, the number that `auto` is."""
     accelerator: Accelerator
     tokenizer: PreTrainedTokenizerBase
     data: Data
@@ -50,10 +52,13 @@ class Run:
     steps: Steps
     identity: dict[str, Any]
     """What may not change in a resume; its sha256 is the ledger's first `prev`."""
-    frozen: dict[str, tuple[torch.Size, torch.dtype]]  # shape and dtype of every tensor that may not change
+    frozen: dict[
+        str, tuple[torch.Size, torch.dtype]
+    ]  # shape and dtype of every tensor that may not change
     packing: str  # how rows are laid out, in words
     environment: dict[str, Any]
-    """What may, and then is not bit-exact: versions, processes, threads, device, the cut. As they were at the start."""
+    """What may, and then is not bit-exact: versions, processes, threads, device, the cut. As they
+    were at the start."""
 
     @property
     def folder(self) -> Path:
@@ -69,7 +74,8 @@ class Run:
 
 
 def prepare_run(config: Config, accelerator: Accelerator) -> Run:
-    """Load everything and compare the processes. The run directory is only probed, and swept of leftovers.
+    """Load everything and compare the processes. The run directory is only probed, and swept of
+    leftovers.
 
     Raises: any LoopError."""
     if accelerator.is_main_process:
@@ -101,7 +107,9 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
         data=data,
         model=model,
         loss=loss,
-        loss_scale=LossScale(True, START) if accelerator.mixed_precision == "fp16" else LossScale(False),
+        loss_scale=(
+            LossScale(True, START) if accelerator.mixed_precision == "fp16" else LossScale(False)
+        ),
         parameters=parameters,
         optimizer=adamw(parameters.values(), config),
         steps=_steps(config, data, loss.padding_free, accelerator),
@@ -111,23 +119,30 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
         environment=announced,
     )
     if warmup(config, run.num_steps) > run.num_steps:
-        raise ConfigError(f"warmup_steps: {config.warmup_steps:g} is longer than the run of {run.num_steps} steps")
+        raise ConfigError(
+            f"warmup_steps: {config.warmup_steps:g} is longer than the run of {run.num_steps} steps"
+        )
     return run
 
 
 def _with_dtype_and_commit(config: Config, accelerator: Accelerator) -> Config:
-    """The config with the base's dtype and its commit on the Hub, so that all files are of one state and named."""
+    """The config with the base's dtype and its commit on the Hub, so that all files are of one
+    state and named."""
     precision = accelerator.mixed_precision
     config = replace(config, dtype=config.dtype or base_dtype(accelerator.device, precision))
     if precision != "fp16" and config.dtype == "float16":
-        raise ConfigError("dtype: float16 needs mixed_precision: fp16, as in launch_configs/one_gpu_fp16.yaml")
+        raise ConfigError(
+            "dtype: float16 needs mixed_precision: fp16, as in launch_configs/one_gpu_fp16.yaml"
+        )
     return replace(config, model_revision=base_commit(config) or config.model_revision)
 
 
 def _steps(config: Config, data: Data, padding_free: bool, accelerator: Accelerator) -> Steps:
     return Steps(
         examples=data.train,
-        positions=num_positions(len(data.train), config.num_train_epochs, config.max_steps, config.global_batch_size),
+        positions=num_positions(
+            len(data.train), config.num_train_epochs, config.max_steps, config.global_batch_size
+        ),
         global_batch_size=config.global_batch_size,
         micro_batch_tokens=0 if config.micro_batch_tokens == "auto" else config.micro_batch_tokens,
         seed=config.seed,
@@ -144,20 +159,26 @@ def _compare_starts(
     announced: dict[str, Any],
     parameters: dict[str, nn.Parameter],
 ) -> None:
-    """All that has to be the same on every process before step 0. Raises: LoopError, on every process alike."""
+    """All that has to be the same on every process before step 0. Raises: LoopError, on every
+    process alike."""
     knobs = {**config.knobs("announced", "free"), "output_dir": None}
     facts = {"identity": identity, "knobs": knobs, "device": announced["device"]}
     facts["versions"] = [announced["versions"], announced["source_sha256"]]
-    compare_processes(accelerator, {**facts, "adapter at the start": sha256(serialize(dict(parameters)))})
+    compare_processes(
+        accelerator, {**facts, "adapter at the start": sha256(serialize(dict(parameters)))}
+    )
 
 
-def _prepare_loss(accelerator: Accelerator, config: Config, model: PeftModel, data: Data) -> tuple[SummedLoss, str]:
+def _prepare_loss(
+    accelerator: Accelerator, config: Config, model: PeftModel, data: Data
+) -> tuple[SummedLoss, str]:
     """The one prepared module, and in words how rows are laid out for it.
 
-    Real rows, before any training, show whether head(hidden) is this model's logits, and whether rows end to end
-    leave its hidden states as they are."""
+    Real rows, before any training, show whether head(hidden) is this model's logits, and whether
+    rows end to end leave its hidden states as they are."""
     causal_lm, device = causal_lm_of(model), accelerator.device
-    # evaluation_mode: device and autocast, no DDP, whose buckets would make a resume on 3 processes inexact.
+    # evaluation_mode: device and autocast, no DDP, whose buckets would make a resume on 3 processes
+    # inexact.
     loss: SummedLoss = accelerator.prepare_model(SummedLoss(model, causal_lm), evaluation_mode=True)
     exact = accelerator.mixed_precision == "no" and next(loss.parameters()).dtype.itemsize >= 4
     shortest = data.train.read(np.array([data.train.lengths.argmin()]))
@@ -178,20 +199,39 @@ def _prepare_loss(accelerator: Accelerator, config: Config, model: PeftModel, da
         difference = check_padding_free(causal_lm, padded, free, tolerance)
     loss.padding_free = difference < tolerance
     if loss.padding_free:
-        return loss.train(), f"rows end to end, no padding; hidden states within {difference:.0e} of its own forward"
+        return (
+            loss.train(),
+            (
+                f"rows end to end, no padding; hidden states within {difference:.0e} of its own"
+                " forward"
+            ),
+        )
     if difference == math.inf:
-        return loss.train(), "padded rows: there is no other layout for this model and rows of this length"
-    return loss.train(), f"padded rows: without padding its hidden states are {difference:.0e} off its own forward"
+        return (
+            loss.train(),
+            "padded rows: there is no other layout for this model and rows of this length",
+        )
+    return (
+        loss.train(),
+        f"padded rows: without padding its hidden states are {difference:.0e} off its own forward",
+    )
 
 
 def _check_rows_fit(data: Data, model: PeftModel) -> None:
-    """Raises: DataError for a token that the model has no embedding for, ConfigError for a row that is too long."""
+    """Raises: DataError for a token that the model has no embedding for, ConfigError for a row that
+    is too long."""
     embeddings = model.get_input_embeddings().num_embeddings
     if data.largest_token_id >= embeddings:
-        raise DataError(f"token id {data.largest_token_id}: the model has {embeddings} embeddings; another tokenizer?")
+        raise DataError(
+            f"token id {data.largest_token_id}: the model has {embeddings} embeddings; another"
+            " tokenizer?"
+        )
     context = getattr(causal_lm_of(model).config, "max_position_embeddings", None)
     if context is not None and data.longest > context:
-        raise ConfigError(f"max_length: a row has {data.longest} tokens, the model takes {context}; lower max_length")
+        raise ConfigError(
+            f"max_length: a row has {data.longest} tokens, the model takes {context}; lower"
+            " max_length"
+        )
 
 
 def run_facts(run: Run) -> dict[str, Any]:
@@ -210,12 +250,15 @@ def run_facts(run: Run) -> dict[str, Any]:
 
 
 def unpinned(requested: Config, used: Config) -> list[str]:
-    """A notice for a base or dataset of the Hub that was asked for by a name which may mean another commit tomorrow."""
+    """A notice for a base or dataset of the Hub that was asked for by a name which may mean another
+    commit tomorrow."""
     revisions = [
-        (knob, getattr(requested, knob), getattr(used, knob)) for knob in ("model_revision", "dataset_revision")
+        (knob, getattr(requested, knob), getattr(used, knob))
+        for knob in ("model_revision", "dataset_revision")
     ]
     return [
-        f"not pinned: {knob} {name or 'main'} is commit {commit} today; write {knob}: {commit} to repeat this run"
+        f"not pinned: {knob} {name or 'main'} is commit {commit} today; write {knob}: {commit} to"
+        " repeat this run"
         for knob, name, commit in revisions
         if name != commit
     ]
@@ -223,28 +266,53 @@ def unpinned(requested: Config, used: Config) -> list[str]:
 
 def describe(run: Run) -> list[str]:
     """The run in four lines, for a person."""
-    config, counts, trained, accelerator = run.config, run.data.counts, census(run.model), run.accelerator
+    config, counts, trained, accelerator = (
+        run.config,
+        run.data.counts,
+        census(run.model),
+        run.accelerator,
+    )
     dropped = counts["dropped_without_target"] + counts["dropped_too_long"]
     numbers = f"{trained['trained_parameters']:,} of {trained['all_parameters']:,} parameters"
     share = trained["trained_parameters"] / trained["all_parameters"]
     epochs = run.steps.positions / len(run.data.train)
-    fate = f"{dropped:,} dropped, {counts['truncated']:,} truncated, {counts['duplicate_train_rows']:,} duplicates"
-    rows = f"{len(run.data.train):,} rows with {counts['train_target_tokens']:,} target tokens to train on"
+    fate = (
+        f"{dropped:,} dropped, {counts['truncated']:,} truncated,"
+        f" {counts['duplicate_train_rows']:,} duplicates"
+    )
+    rows = (
+        f"{len(run.data.train):,} rows with {counts['train_target_tokens']:,} target tokens to"
+        " train on"
+    )
     if counts["heldout_rows_also_in_train"]:
         fate += f", {counts['heldout_rows_also_in_train']:,} held-out rows also in train"
     return [
-        f"data   {_public_name(config.dataset_name)} as {' -> '.join(run.data.templates)!r}: {rows}, "
-        f"{len(run.data.heldout):,} held out, {fate}",
-        f"model  {_public_name(config.model_name_or_path)}: frozen in {', '.join(trained['base_dtypes'])}, "
-        f"checksum {run.identity['base_checksum'][:12]}; {run.packing}",
-        f"LoRA   r={config.lora_r} on {', '.join(trained['target_modules'])}: trains {numbers} ({share:.3%})",
-        f"steps  {run.num_steps:,} of {config.global_batch_size} rows, {epochs:.2f} epochs; {accelerator.device.type}, "
-        f"{accelerator.num_processes} x {torch.get_num_threads()} threads, precision {accelerator.mixed_precision}",
+        (
+            f"data   {_public_name(config.dataset_name)} as {' -> '.join(run.data.templates)!r}:"
+            f" {rows}, {len(run.data.heldout):,} held out, {fate}"
+        ),
+        (
+            f"model  {_public_name(config.model_name_or_path)}: frozen in"
+            f" {', '.join(trained['base_dtypes'])}, checksum {run.identity['base_checksum'][:12]};"
+            f" {run.packing}"
+        ),
+        (
+            f"LoRA   r={config.lora_r} on {', '.join(trained['target_modules'])}: trains {numbers}"
+            f" ({share:.3%})"
+        ),
+        (
+            f"steps  {run.num_steps:,} of {config.global_batch_size} rows, {epochs:.2f} epochs;"
+            f" {accelerator.device.type}, {accelerator.num_processes} x {torch.get_num_threads()}"
+            f" threads, precision {accelerator.mixed_precision}"
+        ),
     ]
 
 
-def _identity(config: Config, accelerator: Accelerator, data: Data, model: PeftModel) -> dict[str, Any]:
-    """Names of files and models are left out: what they hold is in, so a moved folder is still the same run."""
+def _identity(
+    config: Config, accelerator: Accelerator, data: Data, model: PeftModel
+) -> dict[str, Any]:
+    """Names of files and models are left out: what they hold is in, so a moved folder is still the
+    same run."""
     trained = census(model)
     return {
         **config.knobs("identity"),
@@ -261,13 +329,19 @@ def _identity(config: Config, accelerator: Accelerator, data: Data, model: PeftM
 def compare_processes(accelerator: Accelerator, facts: dict[str, Any]) -> None:
     """One gather: do all processes agree on these? Raises: LoopError, on every process alike."""
     digests = [list(bytes.fromhex(sha256(canonical_json(fact)))) for fact in facts.values()]
-    gathered = accelerator.gather(torch.tensor([digests], device=accelerator.device))  # (processes, facts, 32 bytes)
+    gathered = accelerator.gather(
+        torch.tensor([digests], device=accelerator.device)
+    )  # (processes, facts, 32 bytes)
     for process, digests in enumerate(gathered):
         for name, mine, first in zip(facts, digests, gathered[0]):
             if not torch.equal(mine, first):
-                raise LoopError(f"process {process} differs from process 0 in its {name}; all must have the same")
+                raise LoopError(
+                    f"process {process} differs from process 0 in its {name}; all must have the"
+                    " same"
+                )
 
 
 def _public_name(name: str) -> str:
-    """A folder or file by its last part only: the folders of one machine are nobody's provenance."""
+    """A folder or file by its last part only: the folders of one machine are nobody's
+    provenance."""
     return Path(name).name if Path(name).exists() else name

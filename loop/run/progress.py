@@ -19,21 +19,37 @@ class Record:
     """Writes down each step: ledger, metrics, progress. Only the main process makes one."""
 
     def __init__(
-        self, folder: Path, start: LedgerPosition, first_step: int, num_steps: int, logging_steps: int
+        self,
+        folder: Path,
+        start: LedgerPosition,
+        first_step: int,
+        num_steps: int,
+        logging_steps: int,
     ) -> None:
-        """Cut ledger and metrics back to `first_step`; a line of metrics that a kill has torn goes too."""
+        """Cut ledger and metrics back to `first_step`; a line of metrics that a kill has torn goes
+        too."""
         self.ledger = Ledger(folder / "ledger.jsonl", start)
         path = folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        lines = (
+            path.read_text(encoding="utf-8", errors="replace").splitlines()
+            if path.is_file()
+            else []
+        )
         kept = [line + "\n" for line in lines if 0 <= _step_of(line) < first_step]
         replace_file(path, "".join(kept).encode())
         self._metrics = path.open("a", encoding="utf-8")
         self._logging_steps = 0 if sys.stderr.isatty() else logging_steps
-        console = io.StringIO() if self._logging_steps else sys.stderr  # without a terminal, lines instead of a bar
-        self._bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, file=console)
+        console = (
+            io.StringIO() if self._logging_steps else sys.stderr
+        )  # without a terminal, lines instead of a bar
+        self._bar = tqdm(
+            total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, file=console
+        )
         self._last = time.monotonic()
 
-    def step(self, step: Step, loss: float, grad_norm: float, rate: float, device: torch.device) -> None:
+    def step(
+        self, step: Step, loss: float, grad_norm: float, rate: float, device: torch.device
+    ) -> None:
         """One finished step: a ledger line, a metrics line, and the bar."""
         known = step._asdict()
         del known["micro_batches"]
@@ -41,23 +57,34 @@ class Record:
         self.ledger.append({**known, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate})
         seconds, self._last = time.monotonic() - self._last, time.monotonic()
         speed = step.target_tokens / seconds
-        volatile = {"seconds": seconds, "target_tokens_per_second": speed, "peak_memory_bytes": peak_memory(device)}
+        volatile = {
+            "seconds": seconds,
+            "target_tokens_per_second": speed,
+            "peak_memory_bytes": peak_memory(device),
+        }
         self._metrics.write(json.dumps({"step": step.step, **volatile}) + "\n")
         self._metrics.flush()
-        self._bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}, {speed:,.0f} target tok/s", refresh=False)
+        self._bar.set_postfix_str(
+            f"loss {loss:.4f}, lr {rate:.2e}, {speed:,.0f} target tok/s", refresh=False
+        )
         self._bar.update()
         if self._logging_steps and (step.step + 1) % self._logging_steps == 0:
             print(self._bar, flush=True)
 
     def evaluation(self, updates: int, eval_loss: float, target_tokens: int) -> None:
         """The held-out loss after `updates` updates; 0 is the untouched base."""
-        self.ledger.append({"step": updates, "eval_loss": eval_loss, "eval_target_tokens": target_tokens})
-        measured = f"loss {eval_loss:.4f} nats a target token, perplexity {perplexity(eval_loss):,.1f}"
+        self.ledger.append(
+            {"step": updates, "eval_loss": eval_loss, "eval_target_tokens": target_tokens}
+        )
+        measured = (
+            f"loss {eval_loss:.4f} nats a target token, perplexity {perplexity(eval_loss):,.1f}"
+        )
         tqdm.write(f"held out after {updates} steps: {measured} ({target_tokens:,} targets)")
         self.pause()
 
     def pause(self) -> None:
-        """Leave what was done since the last step (an evaluation, a checkpoint) out of the next step's seconds."""
+        """Leave what was done since the last step (an evaluation, a checkpoint) out of the next
+        step's seconds."""
         self._last = time.monotonic()
 
     def close(self) -> None:

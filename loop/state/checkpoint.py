@@ -1,4 +1,5 @@
-"""A checkpoint: the step, the adapter and the optimizer's moments, with a manifest that proves them."""
+"""A checkpoint: the step, the adapter and the optimizer's moments, with a manifest that proves
+them."""
 
 import re
 from dataclasses import asdict, dataclass, field
@@ -30,7 +31,8 @@ _NAME = re.compile(r"step-(\d{6,12})")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state after `step` updates. What is not in it is a function of the identity and the step."""
+    """The state after `step` updates. What is not in it is a function of the identity and the
+    step."""
 
     step: int
     identity: dict[str, Any]
@@ -48,33 +50,43 @@ class Checkpoint:
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write `folder/step-NNNNNN`: its files, then the manifest, each flushed to disk, then one rename.
+    """Write `folder/step-NNNNNN`: its files, then the manifest, each flushed to disk, then one
+    rename.
 
-    Killed at any moment it leaves either nothing or the whole checkpoint, and the older ones untouched.
-    Raises: NonFiniteError before anything is written; EnvironmentFault with nothing left behind."""
+    Killed at any moment it leaves either nothing or the whole checkpoint, and the older ones
+    untouched. Raises: NonFiniteError before anything is written; EnvironmentFault with nothing left
+    behind."""
     for name, tensor in [*checkpoint.adapter.items(), *checkpoint.optimizer.items()]:
         if not torch.isfinite(tensor).all():
-            raise NonFiniteError(f"step {checkpoint.step}: {name} is not finite; this state was not saved")
+            raise NonFiniteError(
+                f"step {checkpoint.step}: {name} is not finite; this state was not saved"
+            )
     state = {"environment": checkpoint.environment, "format_version": FORMAT_VERSION}
     state |= {"identity": checkpoint.identity, "step": checkpoint.step}
     files = checkpoint.adapter_files()
     files["optimizer.safetensors"] = serialize(checkpoint.optimizer)
     files["state.json"] = canonical_json(state)
     manifest = {
-        "files": {name: {"bytes": len(content), "sha256": sha256(content)} for name, content in files.items()},
+        "files": {
+            name: {"bytes": len(content), "sha256": sha256(content)}
+            for name, content in files.items()
+        },
         "format_version": FORMAT_VERSION,
         "identity_sha256": sha256(canonical_json(checkpoint.identity)),
         "ledger": asdict(checkpoint.ledger),
         "step": checkpoint.step,
     }
-    files["manifest.json"] = canonical_json({**manifest, "manifest_sha256": sha256(canonical_json(manifest))})
+    files["manifest.json"] = canonical_json(
+        {**manifest, "manifest_sha256": sha256(canonical_json(manifest))}
+    )
     path = folder / f"step-{checkpoint.step:06d}"
     commit_folder(path, files)
     return path
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify; nothing is believed that the manifest does not prove, and nothing is executed.
+    """Read and verify; nothing is believed that the manifest does not prove, and nothing is
+    executed.
 
     Raises: CheckpointError that names the file. The caller's model has not been touched."""
     if path.is_symlink() or not path.is_dir():
@@ -91,13 +103,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
     same = canonical_json(proven) == contents["state.json"]
     same &= isinstance(identity, dict) and isinstance(environment, dict)
     if not same or sha256(canonical_json(identity)) != manifest["identity_sha256"]:
-        raise CheckpointError(f"{path / 'state.json'}: belongs to another checkpoint than the manifest")
+        raise CheckpointError(
+            f"{path / 'state.json'}: belongs to another checkpoint than the manifest"
+        )
     return Checkpoint(
         step=state["step"],
         identity=state["identity"],
         ledger=LedgerPosition(**manifest["ledger"]),
         adapter_config=contents["adapter_config.json"],
-        adapter=_deserialize(contents["adapter_model.safetensors"], path / "adapter_model.safetensors"),
+        adapter=_deserialize(
+            contents["adapter_model.safetensors"], path / "adapter_model.safetensors"
+        ),
         optimizer=_deserialize(contents["optimizer.safetensors"], path / "optimizer.safetensors"),
         environment=state["environment"],
     )
@@ -105,14 +121,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Folders named like checkpoints, oldest first by number; anything else there is ignored."""
-    folders = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    folders = [
+        path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()
+    ]
     return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def prune_checkpoints(folder: Path, newest: Path, keep: int) -> None:
     """Remove the oldest, up to `newest`, until `keep` are left."""
     older = [
-        path for path in list_checkpoints(folder) if (len(path.name), path.name) <= (len(newest.name), newest.name)
+        path
+        for path in list_checkpoints(folder)
+        if (len(path.name), path.name) <= (len(newest.name), newest.name)
     ]
     for path in older[:-keep]:
         remove_folder(path)
@@ -139,12 +159,18 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(f"{name}: format {version!r}, this program reads {FORMAT_VERSION}")
     if manifest.pop("manifest_sha256", None) != sha256(canonical_json(manifest)):
-        raise CheckpointError(f"{name}: its own sha256 does not match; it was changed after it was written")
+        raise CheckpointError(
+            f"{name}: its own sha256 does not match; it was changed after it was written"
+        )
     try:
         counts = [manifest["step"], manifest["ledger"]["lines"], manifest["ledger"]["bytes"]]
         counts += [file["bytes"] for file in manifest["files"].values()]
         whole = all(type(count) is int and count >= 0 for count in counts)
-        whole &= sorted(manifest["files"]) == sorted(FILES) and sorted(manifest["ledger"]) == ["bytes", "head", "lines"]
+        whole &= sorted(manifest["files"]) == sorted(FILES) and sorted(manifest["ledger"]) == [
+            "bytes",
+            "head",
+            "lines",
+        ]
         whole &= all(sorted(file) == ["bytes", "sha256"] for file in manifest["files"].values())
         whole &= all(type(file["sha256"]) is str for file in manifest["files"].values())
         whole &= path.name == f"step-{manifest['step']:06d}"
@@ -160,5 +186,7 @@ def _read_proven(path: Path, expected: dict[str, Any]) -> bytes:
     content = read_regular_file(path, expected["bytes"])
     if sha256(content) != expected["sha256"]:
         actual = f"{sha256(content)[:12]} of {len(content)} bytes"
-        raise CheckpointError(f"{path}: sha256 {actual}, the manifest says {expected['sha256'][:12]}")
+        raise CheckpointError(
+            f"{path}: sha256 {actual}, the manifest says {expected['sha256'][:12]}"
+        )
     return content

@@ -14,7 +14,11 @@ from typing import Any
 
 from loop.errors import CheckpointError, EnvironmentFault
 
-_LEFTOVERS = [f".{kind}-{name}" for kind in ("tmp", "trash") for name in ("step-*", "adapter", "*.json*", "*.yaml")]
+_LEFTOVERS = [
+    f".{kind}-{name}"
+    for kind in ("tmp", "trash")
+    for name in ("step-*", "adapter", "*.json*", "*.yaml")
+]
 
 
 def sha256(content: bytes) -> str:
@@ -22,12 +26,16 @@ def sha256(content: bytes) -> str:
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one JSON spelling of a value: sorted keys, no spaces, UTF-8, no NaN. Equal values are equal bytes."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    """The one JSON spelling of a value: sorted keys, no spaces, UTF-8, no NaN. Equal values are
+    equal bytes."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
 
 
 def read_canonical_json(content: bytes, name: Path) -> dict[str, Any]:
-    """Raises: CheckpointError unless `content` is an object, exactly as `canonical_json` writes it."""
+    """Raises: CheckpointError unless `content` is an object, exactly as `canonical_json` writes
+    it."""
     try:
         value = json.loads(content)
         if isinstance(value, dict) and canonical_json(value) == content:
@@ -38,7 +46,8 @@ def read_canonical_json(content: bytes, name: Path) -> dict[str, Any]:
 
 
 def read_regular_file(path: Path, limit: int) -> bytes:
-    """A plain file of at most `limit` bytes; links, pipes and devices are refused without blocking on them.
+    """A plain file of at most `limit` bytes; links, pipes and devices are refused without blocking
+    on them.
 
     Raises: CheckpointError."""
     try:
@@ -48,7 +57,9 @@ def read_regular_file(path: Path, limit: int) -> bytes:
     status = os.fstat(handle)
     try:
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-            raise CheckpointError(f"{path}: found a link or a special file, expected a regular file")
+            raise CheckpointError(
+                f"{path}: found a link or a special file, expected a regular file"
+            )
         if status.st_size > limit:
             raise CheckpointError(f"{path}: {status.st_size} bytes, expected {limit}")
         with os.fdopen(handle, "rb", closefd=False) as file:
@@ -73,7 +84,8 @@ def sync_folder(path: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Put `content` at `path` in one move: a reader sees the old file or the new one. Equal bytes are left alone."""
+    """Put `content` at `path` in one move: a reader sees the old file or the new one. Equal bytes
+    are left alone."""
     if path.is_file() and path.read_bytes() == content:
         return
     temporary = path.with_name(f".tmp-{path.name}")
@@ -84,9 +96,11 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def commit_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Make `folder` appear whole, with exactly these files, or not at all; the last file given is written last.
+    """Make `folder` appear whole, with exactly these files, or not at all; the last file given is
+    written last.
 
-    Raises: EnvironmentFault if the disk refuses; then what was half written is removed and an older folder stays."""
+    Raises: EnvironmentFault if the disk refuses; then what was half written is removed and an older
+    folder stays."""
     temporary, trash = (folder.with_name(f".{kind}-{folder.name}") for kind in ("tmp", "trash"))
     try:
         for leftover in (temporary, trash):
@@ -103,7 +117,9 @@ def commit_folder(folder: Path, files: dict[str, bytes]) -> None:
         if trash.exists() and not folder.exists():
             trash.rename(folder)
         shutil.rmtree(temporary, ignore_errors=True)
-        raise EnvironmentFault(f"{folder}: not written: {error.strerror}; what was saved before is intact") from error
+        raise EnvironmentFault(
+            f"{folder}: not written: {error.strerror}; what was saved before is intact"
+        ) from error
     shutil.rmtree(trash, ignore_errors=True)
 
 
@@ -117,24 +133,32 @@ def remove_folder(folder: Path) -> None:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[str | None]:
-    """Hold a folder against every other process until the end; the kernel lets go of it when a process dies.
+    """Hold a folder against every other process until the end; the kernel lets go of it when a
+    process dies.
 
-    The lock is on `folder/.lock`, which names its holder, so that the second start can say who is first. Yields a
-    notice where the last holder died holding it. Raises: EnvironmentFault at once if it is held, or cannot be."""
+    The lock is on `folder/.lock`, which names its holder, so that the second start can say who is
+    first. Yields a notice where the last holder died holding it. Raises: EnvironmentFault at once
+    if it is held, or cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a+", encoding="utf-8", errors="replace")
     except OSError as error:
-        raise EnvironmentFault(f"output_dir: {folder}: {error.strerror}; expected a writable folder") from error
+        raise EnvironmentFault(
+            f"output_dir: {folder}: {error.strerror}; expected a writable folder"
+        ) from error
     with file:
         file.seek(0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = file.read(200) or "another run"
-            raise EnvironmentFault(f"output_dir: {folder} is written to by {holder}; wait for it or stop it") from error
+            raise EnvironmentFault(
+                f"output_dir: {folder} is written to by {holder}; wait for it or stop it"
+            ) from error
         except OSError as error:
-            raise EnvironmentFault(f"output_dir: {folder} cannot be locked: {error.strerror}; use another") from error
+            raise EnvironmentFault(
+                f"output_dir: {folder} cannot be locked: {error.strerror}; use another"
+            ) from error
         holder = file.read(200)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -146,18 +170,23 @@ def lock_folder(folder: Path) -> Iterator[str | None]:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Create a folder, prove before hours are spent that it takes a write, a flush and a rename, and sweep it.
+    """Create a folder, prove before hours are spent that it takes a write, a flush and a rename,
+    and sweep it.
 
     Raises: EnvironmentFault."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in [path for kind in _LEFTOVERS for path in folder.glob(kind)]:  # of a process that was killed
+        for path in [
+            path for kind in _LEFTOVERS for path in folder.glob(kind)
+        ]:  # of a process that was killed
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         (folder / ".probe").unlink(missing_ok=True)
         replace_file(folder / ".probe", b"probe")
         (folder / ".probe").unlink()
     except OSError as error:
-        raise EnvironmentFault(f"output_dir: {folder}: {error.strerror}; expected a writable folder") from error
+        raise EnvironmentFault(
+            f"output_dir: {folder}: {error.strerror}; expected a writable folder"
+        ) from error
 
 
 def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -1,4 +1,5 @@
-"""The ledger: what every step was, in lines that are chained by hash and equal wherever the run is equal."""
+"""The ledger: what every step was, in lines that are chained by hash and equal wherever the run is
+equal."""
 
 import hashlib
 import json
@@ -13,7 +14,8 @@ from loop.errors import CheckpointError
 
 @dataclass(frozen=True)
 class LedgerPosition:
-    """A place between two lines: a checkpoint names one, and a resume cuts the ledger back to it."""
+    """A place between two lines: a checkpoint names one, and a resume cuts the ledger back to
+    it."""
 
     lines: int
     bytes: int
@@ -23,8 +25,8 @@ class LedgerPosition:
 class Ledger:
     """`ledger.jsonl`: one line a step or evaluation, each carrying the hash of the one before.
 
-    A line's `hash` is the sha256 of its bytes up to `,"hash":` with a closing brace in its place. Nothing volatile
-    is in it, so two equal runs are equal bytes and one hash names a run."""
+    A line's `hash` is the sha256 of its bytes up to `,"hash":` with a closing brace in its place.
+    Nothing volatile is in it, so two equal runs are equal bytes and one hash names a run."""
 
     def __init__(self, path: Path, start: LedgerPosition) -> None:
         """Open for appending at `start`; what stands behind it is cut off."""
@@ -37,7 +39,9 @@ class Ledger:
         line, head = chained_line(entry, self.position.head)
         self._file.write(line)
         self._file.flush()
-        self.position = LedgerPosition(self.position.lines + 1, self.position.bytes + len(line), head)
+        self.position = LedgerPosition(
+            self.position.lines + 1, self.position.bytes + len(line), head
+        )
 
     def sync(self) -> LedgerPosition:
         """Wait until the disk has every line; a checkpoint names only such lines."""
@@ -57,18 +61,25 @@ def chained_line(entry: dict[str, Any], previous: str) -> tuple[bytes, str]:
 
 def read_ledger(path: Path, start: str, end: LedgerPosition) -> list[dict[str, Any]]:
     """The entries of a file up to `end`, if their chain leads there. Raises: CheckpointError."""
-    return verify_ledger(path.read_bytes()[: end.bytes] if path.is_file() else b"", path, start, end)
+    return verify_ledger(
+        path.read_bytes()[: end.bytes] if path.is_file() else b"", path, start, end
+    )
 
 
-def verify_ledger(content: bytes, path: Path, start: str, end: LedgerPosition) -> list[dict[str, Any]]:
-    """The entries of these bytes, if their chain leads from `start`, the identity's sha256, to `end`.
+def verify_ledger(
+    content: bytes, path: Path, start: str, end: LedgerPosition
+) -> list[dict[str, Any]]:
+    """The entries of these bytes, if their chain leads from `start`, the identity's sha256, to
+    `end`.
 
     Raises: CheckpointError that names the first line that does not follow."""
     entries, head = [], start
     for number, line in enumerate(content.splitlines(keepends=True), start=1):
         try:
             entry = json.loads(line)
-            expected, following = chained_line({k: v for k, v in entry.items() if k not in ("prev", "hash")}, head)
+            expected, following = chained_line(
+                {k: v for k, v in entry.items() if k not in ("prev", "hash")}, head
+            )
         except (ValueError, AttributeError, RecursionError):
             expected, following = b"", ""
         if line != expected:
@@ -76,7 +87,9 @@ def verify_ledger(content: bytes, path: Path, start: str, end: LedgerPosition) -
         entries.append(entry)
         head = following
     if LedgerPosition(len(entries), len(content), head) != end:
-        raise CheckpointError(f"{path}: {len(entries)} whole lines, the checkpoint was written after {end.lines}")
+        raise CheckpointError(
+            f"{path}: {len(entries)} whole lines, the checkpoint was written after {end.lines}"
+        )
     return entries
 
 

@@ -13,22 +13,35 @@ class ForeignCheckpoint(CheckpointError):
     """A whole checkpoint of a run with another identity: refused, never passed over."""
 
 
-def find_checkpoint(folder: Path, requested: str, identity: dict[str, Any]) -> tuple[Checkpoint | None, list[str]]:
+def find_checkpoint(
+    folder: Path, requested: str, identity: dict[str, Any]
+) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint to go on from (None: start at step 0), and why newer ones were passed over.
 
     `auto` takes the newest that verifies with its ledger; a path or name takes exactly that one.
     Raises: CheckpointError; nothing has been changed."""
     present = list_checkpoints(folder / "checkpoints")
     if requested not in ("auto", "none"):
-        chosen = [path for path in present if requested == path.name or Path(requested).resolve() == path.resolve()]
+        chosen = [
+            path
+            for path in present
+            if requested == path.name or Path(requested).resolve() == path.resolve()
+        ]
         if not chosen:
-            there = f"{', '.join(path.name for path in present) or 'none'}; write auto, none or a checkpoint"
-            raise CheckpointError(f"resume_from_checkpoint: {requested} is not in {folder}, which holds {there}")
+            there = (
+                f"{', '.join(path.name for path in present) or 'none'}; write auto, none or a"
+                " checkpoint"
+            )
+            raise CheckpointError(
+                f"resume_from_checkpoint: {requested} is not in {folder}, which holds {there}"
+            )
         newer = ", ".join(path.name for path in present[present.index(chosen[0]) + 1 :])
         notice = f"going back to {chosen[0].name}: {newer} no longer count, the ledger is cut back"
         return _read(chosen[0], folder, identity), [notice] if newer else []
     if (requested == "none" and present) or (not present and (folder / "adapter").exists()):
-        raise CheckpointError(f"{folder}: holds a run already; give another output_dir, or remove it yourself")
+        raise CheckpointError(
+            f"{folder}: holds a run already; give another output_dir, or remove it yourself"
+        )
     passed_over: list[str] = []
     for path in reversed(present):
         try:
@@ -38,7 +51,9 @@ def find_checkpoint(folder: Path, requested: str, identity: dict[str, Any]) -> t
         except CheckpointError as error:
             passed_over.append(f"passed over {path.name}: {error}")
     if present:
-        passed_over += [f"{folder}: no checkpoint is whole; restore one, or give another output_dir"]
+        passed_over += [
+            f"{folder}: no checkpoint is whole; restore one, or give another output_dir"
+        ]
         raise CheckpointError("\n".join(passed_over))
     return None, []
 
@@ -47,7 +62,9 @@ def _read(path: Path, folder: Path, identity: dict[str, Any]) -> Checkpoint:
     checkpoint = read_checkpoint(path)
     changed = differences(checkpoint.identity, identity)
     if changed:
-        ways_out = "to go on, give the values it was started with; for another run, another output_dir"
+        ways_out = (
+            "to go on, give the values it was started with; for another run, another output_dir"
+        )
         raise ForeignCheckpoint("\n".join([*changed, f"{path} is of another run: {ways_out}"]))
     read_ledger(folder / "ledger.jsonl", sha256(canonical_json(identity)), checkpoint.ledger)
     return checkpoint

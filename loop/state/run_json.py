@@ -100,7 +100,9 @@ def parse_run_json(content: bytes, name: Path) -> dict[str, Any]:
         _SCHEMA.validate_json(content, strict=True)
     except ValidationError as error:
         keys = [".".join(str(part) for part in detail["loc"]) for detail in error.errors()]
-        lacking = sorted(key for key, detail in zip(keys, error.errors()) if detail["type"] == "missing")
+        lacking = sorted(
+            key for key, detail in zip(keys, error.errors()) if detail["type"] == "missing"
+        )
         if lacking:
             reason = f"has no {', '.join(lacking)}; an older version of the loop wrote it"
         else:
@@ -110,9 +112,14 @@ def parse_run_json(content: bytes, name: Path) -> dict[str, Any]:
 
 
 def open_session(
-    path: Path, facts: dict[str, Any], environment: dict[str, Any], first_step: int, changes: list[str]
+    path: Path,
+    facts: dict[str, Any],
+    environment: dict[str, Any],
+    first_step: int,
+    changes: list[str],
 ) -> None:
-    """Write `run.json` with one more session: where it ran, and `changes`, which make its resume not bit-exact."""
+    """Write `run.json` with one more session: where it ran, and `changes`, which make its resume
+    not bit-exact."""
     before = read_run_json(path)
     kept = before if before.get("identity_sha256") == facts["identity_sha256"] else {}
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -126,8 +133,12 @@ def read_run_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_bytes())) if path.is_file() else {}
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: not the JSON that was written; give another output_dir") from error
+        raise CheckpointError(
+            f"{path}: not the JSON that was written; give another output_dir"
+        ) from error
 
 
 def write_run_json(path: Path, run: dict[str, Any]) -> None:
-    replace_file(path, (json.dumps(run, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    replace_file(
+        path, (json.dumps(run, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    )

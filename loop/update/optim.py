@@ -13,14 +13,20 @@ from loop.errors import CheckpointError, ConfigError
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: Config) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019), in the order given. The step's learning rate is set by the loop.
+    """AdamW (Loshchilov and Hutter 2019), in the order given. The step's learning rate is set by
+    the loop.
 
-    torch's, or bitsandbytes' with moments in blocks of 8 bits (Dettmers et al. 2022), or paged: in memory that the
-    GPU's driver moves out when it is short. Raises: ConfigError for a paged one without a GPU."""
+    torch's, or bitsandbytes' with moments in blocks of 8 bits (Dettmers et al. 2022), or paged: in
+    memory that the GPU's driver moves out when it is short. Raises: ConfigError for a paged one
+    without a GPU."""
     parameters = list(parameters)
     if config.optim.startswith("paged") and parameters[0].device.type != "cuda":
-        raise ConfigError(f"optim: {config.optim} pages GPU memory, and there is no GPU; write adamw_bnb_8bit")
-    one_kernel = parameters[0].device.type == "cuda" or None  # torch's own choice elsewhere; not yet run on a GPU
+        raise ConfigError(
+            f"optim: {config.optim} pages GPU memory, and there is no GPU; write adamw_bnb_8bit"
+        )
+    one_kernel = (
+        parameters[0].device.type == "cuda" or None
+    )  # torch's own choice elsewhere; not yet run on a GPU
     kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "adamw_torch": functools.partial(torch.optim.AdamW, fused=one_kernel),
         "adamw_bnb_8bit": bitsandbytes.optim.AdamW8bit,
@@ -38,26 +44,39 @@ def adamw(parameters: Iterable[nn.Parameter], config: Config) -> torch.optim.Opt
 
 def warmup(config: Config, num_steps: int) -> int:
     """Warm-up in steps; a `warmup_steps` below 1 is a share of the run, rounded up."""
-    return math.ceil(config.warmup_steps * num_steps) if config.warmup_steps < 1 else int(config.warmup_steps)
+    return (
+        math.ceil(config.warmup_steps * num_steps)
+        if config.warmup_steps < 1
+        else int(config.warmup_steps)
+    )
 
 
 def learning_rate(step: int, config: Config, num_steps: int) -> float:
-    """The learning rate of update `step` (0-based) of `num_steps`, whatever the number of processes.
+    """The learning rate of update `step` (0-based) of `num_steps`, whatever the number of
+    processes.
 
-    Source: transformers 5.23, optimization.py, get_{constant,linear,cosine}_schedule_with_warmup. So with warm-up
-    step 0 has rate 0 and step `warmup` the peak, and the last step is one short of 0."""
+    Source: transformers 5.23, optimization.py, get_{constant,linear,cosine}_schedule_with_warmup.
+    So with warm-up step 0 has rate 0 and step `warmup` the peak, and the last step is one short of
+    0."""
     ramp = warmup(config, num_steps)
     if step < ramp:
         return config.learning_rate * step / ramp
     if config.lr_scheduler_type == "constant":
         return config.learning_rate
     progress = (step - ramp) / max(1, num_steps - ramp)
-    shape = 1 - progress if config.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    shape = (
+        1 - progress
+        if config.lr_scheduler_type == "linear"
+        else 0.5 * (1 + math.cos(math.pi * progress))
+    )
     return config.learning_rate * shape
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The state of each adapter tensor by name, such as `<tensor>.exp_avg`; empty before the first update."""
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """The state of each adapter tensor by name, such as `<tensor>.exp_avg`; empty before the first
+    update."""
     return {
         f"{name}.{key}": torch.as_tensor(value)
         for name, parameter in parameters.items()
@@ -67,21 +86,33 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, nn.Parameter],
+    tensors: dict[str, Tensor],
 ) -> None:
-    """Put back what `optimizer_tensors` gave. Raises: CheckpointError by name if one is missing or misshapen."""
+    """Put back what `optimizer_tensors` gave. Raises: CheckpointError by name if one is missing or
+    misshapen."""
     (group,) = optimizer.param_groups
     rate, group["lr"] = group["lr"], 0.0
-    for parameter in parameters.values():  # an update by nothing: the optimizer makes its state as it wants it
+    for (
+        parameter
+    ) in parameters.values():  # an update by nothing: the optimizer makes its state as it wants it
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     group["lr"] = rate
-    made = {name: (tensor.shape, tensor.dtype) for name, tensor in optimizer_tensors(optimizer, parameters).items()}
+    made = {
+        name: (tensor.shape, tensor.dtype)
+        for name, tensor in optimizer_tensors(optimizer, parameters).items()
+    }
     saved_shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-    mismatched = sorted(name for name in {*made, *saved_shapes} if made.get(name) != saved_shapes.get(name))
+    mismatched = sorted(
+        name for name in {*made, *saved_shapes} if made.get(name) != saved_shapes.get(name)
+    )
     if mismatched:
-        raise CheckpointError(f"optimizer.safetensors: missing, unexpected or of another shape: {mismatched[:3]}")
+        raise CheckpointError(
+            f"optimizer.safetensors: missing, unexpected or of another shape: {mismatched[:3]}"
+        )
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]
         for key in [key for key in state if f"{name}.{key}" in tensors]:

@@ -23,7 +23,8 @@ for _ in range(15):
     seconds.append(time.perf_counter() - start)
 print(2 * 2048**3 / statistics.median(seconds))
 """
-"""Floating-point operations a second of a large product in float32: what this machine can do at its best."""
+"""Floating-point operations a second of a large product in float32: what this machine can do at its
+best."""
 PACKAGES = ("torch", "transformers", "peft", "trl")
 _STATUS = Path("/proc/self/status")
 
@@ -32,7 +33,9 @@ def matrix_rate(threads: int) -> float:
     """The rate of MATRIX, in a process of its own."""
     places = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     words = [sys.executable, "-c", MATRIX]
-    return float(subprocess.run(words, capture_output=True, text=True, check=True, env=places).stdout)
+    return float(
+        subprocess.run(words, capture_output=True, text=True, check=True, env=places).stdout
+    )
 
 
 def description(threads: int) -> str:
@@ -48,8 +51,8 @@ def description(threads: int) -> str:
 def in_a_fork(function: Callable[..., Any], *arguments: Any) -> Any:
     """What the function returns, as JSON keeps it, in a process of its own; None where that failed.
 
-    A fork, because it need not import again, which takes longer than most measurements. For a caller that has not
-    computed yet: torch's threads would be missing in the fork."""
+    A fork, because it need not import again, which takes longer than most measurements. For a
+    caller that has not computed yet: torch's threads would be missing in the fork."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -67,12 +70,14 @@ def in_a_fork(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def memory() -> int:
-    """Bytes that this process has now, pages of mapped files included. Linux only, as are those below."""
+    """Bytes that this process has now, pages of mapped files included. Linux only, as are those
+    below."""
     return _status("VmRSS")
 
 
 def own_memory() -> int:
-    """Bytes that this process has now without those of mapped files, which the kernel may take back."""
+    """Bytes that this process has now without those of mapped files, which the kernel may take
+    back."""
     return _status("RssAnon")
 
 

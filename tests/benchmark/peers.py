@@ -1,4 +1,5 @@
-"""The peers, each as its own documentation shows it, and this loop. Run one: `python -m tests.benchmark.peers ...`."""
+"""The peers, each as its own documentation shows it, and this loop. Run one: `python -m
+tests.benchmark.peers ...`."""
 
 import json
 import os
@@ -32,7 +33,8 @@ STARTED = psutil.Process().create_time()
 
 @dataclass
 class Clock:
-    """Seconds since the process began at the end of each step, and what the forwards of each step were given."""
+    """Seconds since the process began at the end of each step, and what the forwards of each step
+    were given."""
 
     ends: list[float] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
@@ -73,7 +75,9 @@ class StepEnds(TrainerCallback):
 
 
 def rows() -> Dataset:
-    return load_dataset("json", data_files=str(DEMO / "quotes.jsonl"), split="train").select_columns("quote")
+    return load_dataset(
+        "json", data_files=str(DEMO / "quotes.jsonl"), split="train"
+    ).select_columns("quote")
 
 
 def tokenised(tokenizer: Any) -> Dataset:
@@ -88,23 +92,42 @@ def tokenised(tokenizer: Any) -> Dataset:
 
 
 def lora(proxy: str) -> LoraConfig:
-    return LoraConfig(task_type="CAUSAL_LM", target_modules=list(PROXIES[proxy].target_modules), **LORA)
+    return LoraConfig(
+        task_type="CAUSAL_LM", target_modules=list(PROXIES[proxy].target_modules), **LORA
+    )
 
 
 def adapted(proxy: str, folder: Path) -> Any:
     torch.manual_seed(SEED)
-    return get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), lora(proxy))
+    return get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), lora(proxy)
+    )
 
 
-def arguments(steps: int, micro: int, output: str, a_step: int = ROWS_PER_STEP, **more: Any) -> dict[str, Any]:
+def arguments(
+    steps: int, micro: int, output: str, a_step: int = ROWS_PER_STEP, **more: Any
+) -> dict[str, Any]:
     """What transformers' and TRL's trainers share; `a_step` sequences make a step."""
-    common = {"output_dir": output, "max_steps": steps, "learning_rate": LEARNING_RATE, "seed": SEED, "use_cpu": True}
+    common = {
+        "output_dir": output,
+        "max_steps": steps,
+        "learning_rate": LEARNING_RATE,
+        "seed": SEED,
+        "use_cpu": True,
+    }
     common |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": a_step // micro}
-    common |= {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    common |= {
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
     return {**common, "optim": "adamw_torch", "gradient_checkpointing": False, **more}
 
 
-def trainer(clock: Clock, proxy: str, folder: Path, steps: int, micro: int, sampling: str = "random") -> None:
+def trainer(
+    clock: Clock, proxy: str, folder: Path, steps: int, micro: int, sampling: str = "random"
+) -> None:
     from transformers import Trainer, TrainingArguments
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -113,7 +136,9 @@ def trainer(clock: Clock, proxy: str, folder: Path, steps: int, micro: int, samp
     with tempfile.TemporaryDirectory() as output:
         Trainer(
             model=model,
-            args=TrainingArguments(**arguments(steps, micro, output, train_sampling_strategy=sampling)),
+            args=TrainingArguments(
+                **arguments(steps, micro, output, train_sampling_strategy=sampling)
+            ),
             train_dataset=tokenised(tokenizer),
             data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
             callbacks=[StepEnds(clock)],
@@ -121,7 +146,13 @@ def trainer(clock: Clock, proxy: str, folder: Path, steps: int, micro: int, samp
 
 
 def trl(
-    clock: Clock, proxy: str, folder: Path, steps: int, micro: int, a_step: int = ROWS_PER_STEP, **how: Any
+    clock: Clock,
+    proxy: str,
+    folder: Path,
+    steps: int,
+    micro: int,
+    a_step: int = ROWS_PER_STEP,
+    **how: Any,
 ) -> None:
     from trl import SFTConfig, SFTTrainer
 
@@ -129,7 +160,12 @@ def trl(
     clock.watch(model)
     with tempfile.TemporaryDirectory() as output:
         config = SFTConfig(
-            **{**arguments(steps, micro, output, a_step), "dataset_text_field": "quote", "bf16": False, **how}
+            **{
+                **arguments(steps, micro, output, a_step),
+                "dataset_text_field": "quote",
+                "bf16": False,
+                **how,
+            }
         )
         SFTTrainer(
             model=model,
@@ -142,9 +178,16 @@ def trl(
 
 
 def plain(
-    clock: Clock, proxy: str, folder: Path, steps: int, micro: int, a_step: int = ROWS_PER_STEP, block: int = 0
+    clock: Clock,
+    proxy: str,
+    folder: Path,
+    steps: int,
+    micro: int,
+    a_step: int = ROWS_PER_STEP,
+    block: int = 0,
 ) -> None:
-    """The accelerate loop of transformers' no-Trainer examples: padded rows, or all rows joined and cut into blocks."""
+    """The accelerate loop of transformers' no-Trainer examples: padded rows, or all rows joined and
+    cut into blocks."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=a_step // micro)
@@ -159,7 +202,9 @@ def plain(
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     torch.manual_seed(SEED)
     loader = DataLoader(data, shuffle=True, batch_size=micro, collate_fn=collator)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE
+    )
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     model.train()
     while True:
@@ -177,7 +222,8 @@ def plain(
 
 
 def this_loop(clock: Clock, proxy: str, folder: Path, steps: int, micro: int) -> None:
-    """`loop.train` without its files: the rehearsal and the steps, as `train_run` calls them. `micro` is in tokens."""
+    """`loop.train` without its files: the rehearsal and the steps, as `train_run` calls them.
+    `micro` is in tokens."""
     from loop.config.knobs import Config
     from loop.process.launch import make_accelerator
     from loop.process.signals import Signals
@@ -210,7 +256,9 @@ class Peer:
     how: dict[str, Any] = field(default_factory=dict)
     other_update: str = ""  # how what it trains on differs from the rows one by one
     unit: str = "rows"
-    resets_positions: bool = False  # of which every proxy but BLOOM, that has none, makes a mask between the rows
+    resets_positions: bool = (
+        False  # of which every proxy but BLOOM, that has none, makes a mask between the rows
+    )
 
     def differs(self, proxy: str) -> str:
         """`other_update`, on this proxy."""
@@ -251,7 +299,11 @@ def main(argv: list[str]) -> None:
     os.dup2(2, 1)  # what the libraries print is not the result
     peer.measure(clock, proxy, folder, steps, micro, **peer.how)
     found = {name: value for name, value in vars(clock).items() if not name.startswith("_")}
-    os.write(stdout, json.dumps({**found, "peak_memory_bytes": peak_memory(torch.device("cpu"))}).encode() + b"\n")
+    os.write(
+        stdout,
+        json.dumps({**found, "peak_memory_bytes": peak_memory(torch.device("cpu"))}).encode()
+        + b"\n",
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ _STYLE = {
     "font.size": 8.5,
     "svg.hashsalt": "benchmark",  # else the names inside the file are drawn by chance
     "svg.fonttype": "none",  # text stays text
-    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib; a reader without it has a narrower one
+    "font.sans-serif": [
+        "DejaVu Sans"
+    ],  # comes with matplotlib; a reader without it has a narrower one
     "axes.spines.top": False,
     "axes.spines.right": False,
     "hatch.linewidth": 0.8,
@@ -44,12 +46,15 @@ class Panel:
 
     title: str
     bars: list[Bar]
-    limit: float  # the speed at which every operation would run at the rate of a large matrix product
+    limit: (
+        float  # the speed at which every operation would run at the rate of a large matrix product
+    )
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a small plot: its points, ascending in x, and the lowest and highest of the repeats at each."""
+    """One line of a small plot: its points, ascending in x, and the lowest and highest of the
+    repeats at each."""
 
     name: str
     xs: list[float]
@@ -86,19 +91,42 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         if bar.other_update:
             fill = {"facecolor": "white", "edgecolor": "#80868b", "hatch": "////"}
         axes.barh(place, median, height=0.62, **fill)
-        axes.errorbar(median, place, xerr=[[median - low], [high - median]], color="black", capsize=2.5, linewidth=0.9)
+        axes.errorbar(
+            median,
+            place,
+            xerr=[[median - low], [high - median]],
+            color="black",
+            capsize=2.5,
+            linewidth=0.9,
+        )
         ratio = "" if bar.ratio is None else f"  {bar.ratio:.2f} x"
         words = axes.text(
-            high, place, f"  {number(median)}{ratio}", va="center", fontweight="bold" if bar.ours else None
+            high,
+            place,
+            f"  {number(median)}{ratio}",
+            va="center",
+            fontweight="bold" if bar.ours else None,
         )
         words.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8})
     axes.axvline(panel.limit, color="black", linestyle="--", linewidth=1)
-    axes.text(panel.limit, -0.72, " 100 % of the rate of a matrix product", ha="right", va="bottom", fontsize=7.5)
+    axes.text(
+        panel.limit,
+        -0.72,
+        " 100 % of the rate of a matrix product",
+        ha="right",
+        va="bottom",
+        fontsize=7.5,
+    )
     axes.set_yticks(places, [f"{bar.label}\n{bar.other_update}".strip() for bar in panel.bars])
     axes.set_ylim(len(panel.bars) - 0.5, -0.6)
     axes.set_xlim(0, max([panel.limit, *(bar.speeds[2] for bar in panel.bars)]) * 1.12)
-    axes.set_title(panel.title, loc="right", fontsize=9, fontweight="bold", pad=14)  # longer than the axes
-    axes.set_xlabel("real target tokens a second; x: times the Trainer as it comes; hatched: trains another update")
+    axes.set_title(
+        panel.title, loc="right", fontsize=9, fontweight="bold", pad=14
+    )  # longer than the axes
+    axes.set_xlabel(
+        "real target tokens a second; x: times the Trainer as it comes; hatched: trains another"
+        " update"
+    )
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
 
 
@@ -109,7 +137,8 @@ def draw_growth(plots: list[Plot], heading: str, path: Path) -> None:
         for part, row in zip(figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows):
             part.suptitle(row, x=0.01, ha="left", fontsize=9.5, fontweight="bold")
             for axes, plot in zip(
-                part.subplots(1, COLUMNS, squeeze=False)[0], [plot for plot in plots if plot.row == row]
+                part.subplots(1, COLUMNS, squeeze=False)[0],
+                [plot for plot in plots if plot.row == row],
             ):
                 if plot.curves:
                     _draw_plot(axes, plot)
@@ -135,7 +164,14 @@ def _draw_plot(axes: Axes, plot: Plot) -> None:
     axes.set_ylim(*((min(ys) / 1.6, max(ys) * 1.6) if steep else (min(0, *ys), max(ys) * 1.25)))
     if steep:  # how a cost that is in proportion would grow, from the first curve's last point back
         xs, last = plot.curves[0].xs, plot.curves[0].ys[-1]
-        axes.plot(xs, [last * x / xs[-1] for x in xs], color=GREY, linestyle=":", label="in proportion", zorder=0)
+        axes.plot(
+            xs,
+            [last * x / xs[-1] for x in xs],
+            color=GREY,
+            linestyle=":",
+            label="in proportion",
+            zorder=0,
+        )
     axes.set_title(plot.title, loc="left", fontsize=8.5)
     axes.set_xlabel(plot.axis)
     axes.set_xticks(plot.curves[0].xs, [f"{x:,}" for x in plot.curves[0].xs])
@@ -159,4 +195,6 @@ def _drawing(height: float, path: Path) -> Iterator[Figure]:
     with matplotlib.style.context(["default", _STYLE]):  # whatever the user's own settings
         figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="white")
         yield figure
-        figure.savefig(path, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None)
+        figure.savefig(
+            path, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None
+        )

@@ -1,4 +1,5 @@
-"""What `growth.py` measures: one point each, in this process. Models are BLOOMs of random weights."""
+"""What `growth.py` measures: one point each, in this process. Models are BLOOMs of random
+weights."""
 
 import itertools
 import json
@@ -41,7 +42,11 @@ from tests.benchmark.work import DEMO, LORA, SEED
 Result = dict[str, float]
 CPU = torch.device("cpu")
 WORD = "the"  # one token of the demo's tokenizer, also behind a space
-SHAPES = {"head": (256, 2, 8), "tiny": (32, 2, 4), "deep": (768, 8, 12)}  # hidden size, layers, attention heads
+SHAPES = {
+    "head": (256, 2, 8),
+    "tiny": (32, 2, 4),
+    "deep": (768, 8, 12),
+}  # hidden size, layers, attention heads
 RAGGED = [*range(2, 128), 65]
 """Lengths of rows, 8,192 tokens together."""
 STEP_TOKENS = 2048  # where the number of rows a step follows from their length
@@ -49,7 +54,8 @@ TIMED_SECONDS = 0.5  # steps are timed until they have taken this long
 
 
 def model_folder(folder: Path, shape: str, vocabulary: int) -> Path:
-    """The model, written at the first call: in a fork, because its making is no part of what is measured here."""
+    """The model, written at the first call: in a fork, because its making is no part of what is
+    measured here."""
     path = folder / f"{shape}-{vocabulary}"
     if not path.is_dir():
         in_a_fork(_write_model, path, shape, vocabulary)
@@ -59,14 +65,17 @@ def model_folder(folder: Path, shape: str, vocabulary: int) -> Path:
 def _write_model(path: Path, shape: str, vocabulary: int) -> None:
     hidden, layers, heads = SHAPES[shape]
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "hidden_dropout": 0.0}
-    config = BloomConfig(vocab_size=vocabulary, hidden_size=hidden, n_layer=layers, n_head=heads, **tokens)
+    config = BloomConfig(
+        vocab_size=vocabulary, hidden_size=hidden, n_layer=layers, n_head=heads, **tokens
+    )
     torch.manual_seed(SEED)
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
     AutoTokenizer.from_pretrained(DEMO / "model").save_pretrained(path)
 
 
 def text_of(tokens: int) -> str:
-    """A text that the demo's tokenizer makes this many tokens of, with the end-of-text that is put behind it."""
+    """A text that the demo's tokenizer makes this many tokens of, with the end-of-text that is put
+    behind it."""
     return " ".join([WORD] * (tokens - 1))
 
 
@@ -83,7 +92,8 @@ def write_rows(path: Path, texts: Iterable[str]) -> Path:
 
 
 def vocabulary_point(folder: Path, vocabulary: int, series: str) -> Result:
-    """32 rows of 64 tokens a step; `series` is a knob of this loop with its value, or the Trainer."""
+    """32 rows of 64 tokens a step; `series` is a knob of this loop with its value, or the
+    Trainer."""
     model = model_folder(folder, "head", vocabulary)
     rows = write_rows(folder / "rows-64.jsonl", [text_of(64)] * 128)
     if series.startswith("Trainer"):
@@ -95,23 +105,41 @@ def length_point(folder: Path, length: int, series: str) -> Result:
     """STEP_TOKENS tokens a step, in rows of one length."""
     rows_a_step = STEP_TOKENS // length
     rows = write_rows(folder / f"rows-{length}.jsonl", [text_of(length)] * (4 * rows_a_step))
-    return _steps(model_folder(folder, "head", 16_384), rows, rows_a_step, padding_free=series.endswith("true"))
+    return _steps(
+        model_folder(folder, "head", 16_384),
+        rows,
+        rows_a_step,
+        padding_free=series.endswith("true"),
+    )
 
 
 def micro_point(folder: Path, micro: int, series: str) -> Result:
     """The RAGGED rows, all of them in each step."""
     rows = write_rows(folder / "ragged.jsonl", [text_of(length) for length in RAGGED])
     model = model_folder(folder, "head", 16_384)
-    return _steps(model, rows, len(RAGGED), micro, padding_free=series.endswith("true"), max_length=max(RAGGED))
+    return _steps(
+        model,
+        rows,
+        len(RAGGED),
+        micro,
+        padding_free=series.endswith("true"),
+        max_length=max(RAGGED),
+    )
 
 
 def rows_point(folder: Path, number: int, series: str) -> Result:
-    """Prepare a run on many short rows. The first time they are tokenised, the second time that is found again."""
-    rows, cache = write_rows(folder / f"short-{number}.jsonl", map(short_text, range(number))), folder / f"of-{number}"
+    """Prepare a run on many short rows. The first time they are tokenised, the second time that is
+    found again."""
+    rows, cache = (
+        write_rows(folder / f"short-{number}.jsonl", map(short_text, range(number))),
+        folder / f"of-{number}",
+    )
     if series == "first time":
         shutil.rmtree(cache, ignore_errors=True)
     datasets.config.HF_DATASETS_CACHE = cache
-    config = _config(model_folder(folder, "tiny", 3072), rows, folder, max_steps=None, num_train_epochs=1.0)
+    config = _config(
+        model_folder(folder, "tiny", 3072), rows, folder, max_steps=None, num_train_epochs=1.0
+    )
     accelerator = make_accelerator(config)
     before, own_before = _account()
     start = time.perf_counter()
@@ -175,14 +203,28 @@ def measure(part: str, folder: Path, x: int, series: str) -> Result:
     return MEASURE[part](folder, x, series)
 
 
-def _config(model: Path, rows: Path, folder: Path, rows_a_step: int = 32, micro: int = 2048, **knobs: Any) -> Config:
-    places = {"model_name_or_path": str(model), "dataset_name": str(rows), "output_dir": tempfile.mkdtemp(dir=folder)}
-    common = {"max_length": 2048, "global_batch_size": rows_a_step, "micro_batch_tokens": micro, "max_steps": 1000}
-    return Config(**{**places, **common, "lora_r": LORA["r"], "lora_alpha": LORA["lora_alpha"], **knobs})
+def _config(
+    model: Path, rows: Path, folder: Path, rows_a_step: int = 32, micro: int = 2048, **knobs: Any
+) -> Config:
+    places = {
+        "model_name_or_path": str(model),
+        "dataset_name": str(rows),
+        "output_dir": tempfile.mkdtemp(dir=folder),
+    }
+    common = {
+        "max_length": 2048,
+        "global_batch_size": rows_a_step,
+        "micro_batch_tokens": micro,
+        "max_steps": 1000,
+    }
+    return Config(
+        **{**places, **common, "lora_r": LORA["r"], "lora_alpha": LORA["lora_alpha"], **knobs}
+    )
 
 
 def _steps(model: Path, rows: Path, rows_a_step: int, micro: int = 2048, **knobs: Any) -> Result:
-    """This loop's steps, and what they and the rehearsal, which warms up, needed above the prepared run."""
+    """This loop's steps, and what they and the rehearsal, which warms up, needed above the prepared
+    run."""
     config = _config(model, rows, rows.parent, rows_a_step, micro, **knobs)
     run = prepare_run(config, make_accelerator(config))
     if run.loss.padding_free != config.padding_free or run.loss.fused != config.fused_loss:
@@ -223,14 +265,21 @@ def _trainer_steps(model: Path, lengths: list[int], rows_a_step: int, micro: int
     )  # fmt: skip
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     data = Dataset.from_dict({"input_ids": ids})
-    trainer = Trainer(model=adapted, args=arguments, train_dataset=data, data_collator=collator, callbacks=[Ends()])
+    trainer = Trainer(
+        model=adapted,
+        args=arguments,
+        train_dataset=data,
+        data_collator=collator,
+        callbacks=[Ends()],
+    )
     before, _ = _account()
     trainer.train()
     return _needed(before, [after - end for end, after in itertools.pairwise(ends)])
 
 
 def _first_of_all(run: Run) -> None:
-    """Two tokens forward and backward: what libraries load at first use is no part of a step's memory."""
+    """Two tokens forward and backward: what libraries load at first use is no part of a step's
+    memory."""
     batch = collate([Example([5, 6], 0)], run.loss.padding_free)
     run.accelerator.backward(run.loss(batch))
     run.optimizer.zero_grad(set_to_none=True)
@@ -251,4 +300,8 @@ def _account() -> tuple[int, int]:
 
 def _needed(before: int, seconds: list[float]) -> Result:
     peak = peak_memory(CPU)
-    return {"seconds": statistics.median(seconds), "above_mb": (peak - before) / 1e6, "whole_mb": peak / 1e6}
+    return {
+        "seconds": statistics.median(seconds),
+        "above_mb": (peak - before) / 1e6,
+        "whole_mb": peak / 1e6,
+    }

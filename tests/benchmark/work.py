@@ -1,4 +1,5 @@
-"""What every peer is given: a small model with the proportions of a large one, the demo's rows, LoRA, rows per step."""
+"""What every peer is given: a small model with the proportions of a large one, the demo's rows,
+LoRA, rows per step."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,11 +57,13 @@ def write_model(name: str, folder: Path) -> None:
 
 
 def minimal_flops(name: str, targets: int) -> float:
-    """What the products of the forward and of the gradients that LoRA needs cost, for the real targets alone.
+    """What the products of the forward and of the gradients that LoRA needs cost, for the real
+    targets alone.
 
-    2 for the forward and 2 for the gradient of the activations, for each weight of a matrix and each target; the frozen
-    weights have no gradient. Left out: the adapter and attention's own products, each a hundredth or two of it, and
-    that nobody needs the gradient below the first adapter, which is as much the other way."""
+    2 for the forward and 2 for the gradient of the activations, for each weight of a matrix and
+    each target; the frozen weights have no gradient. Left out: the adapter and attention's own
+    products, each a hundredth or two of it, and that nobody needs the gradient below the first
+    adapter, which is as much the other way."""
     model = PROXIES[name].config
     if name == "L":
         layer = 4 * model.hidden_size**2 + 3 * model.hidden_size * model.intermediate_size

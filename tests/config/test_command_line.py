@@ -20,7 +20,11 @@ from loop.train import main
 from tests.conftest import flags
 
 REPOSITORY = Path(__file__).parents[2]
-REQUIRED: dict[str, Any] = {"model_name_or_path": "a-model", "dataset_name": "a-dataset", "output_dir": "a-folder"}
+REQUIRED: dict[str, Any] = {
+    "model_name_or_path": "a-model",
+    "dataset_name": "a-dataset",
+    "output_dir": "a-folder",
+}
 REQUIRED_FLAGS = [f"--{name}={value}" for name, value in REQUIRED.items()]
 
 Recipe = Callable[[str], list[str]]
@@ -51,20 +55,38 @@ def refusal(argv: list[str], num_processes: int = 1) -> list[str]:
 def test_a_flag_wins_over_the_file_and_the_file_over_the_default(recipe: Recipe) -> None:
     command = parse_command_line([*recipe("seed: 1\nlora_r: 4\n"), "--seed=2"])
     assert (command.config.seed, command.config.lora_r, command.config.lora_alpha) == (2, 4, 32)
-    sources = {name: command.set_by[name] for name in ("seed", "lora_r", "lora_alpha", "output_dir")}
-    assert sources == {"seed": "flag", "lora_r": "file", "lora_alpha": "default", "output_dir": "flag"}
+    sources = {
+        name: command.set_by[name] for name in ("seed", "lora_r", "lora_alpha", "output_dir")
+    }
+    assert sources == {
+        "seed": "flag",
+        "lora_r": "file",
+        "lora_alpha": "default",
+        "output_dir": "flag",
+    }
 
 
 @pytest.mark.parametrize(
-    "words", ["--learning-rate=1e-4", "--learning_rate=1e-4", "--learning-rate 1e-4", "--learning_rate 0.0001"]
+    "words",
+    [
+        "--learning-rate=1e-4",
+        "--learning_rate=1e-4",
+        "--learning-rate 1e-4",
+        "--learning_rate 0.0001",
+    ],
 )
 def test_a_flag_takes_a_hyphen_or_an_underscore_and_an_equals_sign_or_a_space(words: str) -> None:
     assert parse_command_line([*words.split(), *REQUIRED_FLAGS]).config.learning_rate == 0.0001
 
 
 def test_hyphens_in_a_value_stay() -> None:
-    command = parse_command_line([*REQUIRED_FLAGS, "--output-dir=my-runs/a-b", "--sample_prompt", "well-known"])
-    assert (command.config.output_dir, command.config.sample_prompt) == ("my-runs/a-b", "well-known")
+    command = parse_command_line(
+        [*REQUIRED_FLAGS, "--output-dir=my-runs/a-b", "--sample_prompt", "well-known"]
+    )
+    assert (command.config.output_dir, command.config.sample_prompt) == (
+        "my-runs/a-b",
+        "well-known",
+    )
 
 
 def test_1e_4_is_text_in_yaml_and_becomes_the_number(recipe: Recipe) -> None:
@@ -72,7 +94,9 @@ def test_1e_4_is_text_in_yaml_and_becomes_the_number(recipe: Recipe) -> None:
     assert parse_command_line(recipe("learning_rate: 1e-4\n")).config.learning_rate == 0.0001
 
 
-@pytest.mark.parametrize("words", [["--use_dora"], ["--use-dora=true"], ["--use_dora", "yes"], ["--use_dora=1"]])
+@pytest.mark.parametrize(
+    "words", [["--use_dora"], ["--use-dora=true"], ["--use_dora", "yes"], ["--use_dora=1"]]
+)
 def test_a_switch_may_stand_alone(words: list[str]) -> None:
     assert parse_command_line([*words, *REQUIRED_FLAGS]).config.use_dora is True
 
@@ -83,8 +107,12 @@ def test_a_switch_may_be_off(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("text", ["b,a", "[a, b]", "[b, a, b]", "'a , b'"])
-def test_target_modules_are_a_sorted_list_however_they_are_written(recipe: Recipe, text: str) -> None:
-    assert parse_command_line(recipe(f"lora_target_modules: {text}\n")).config.lora_target_modules == ("a", "b")
+def test_target_modules_are_a_sorted_list_however_they_are_written(
+    recipe: Recipe, text: str
+) -> None:
+    assert parse_command_line(
+        recipe(f"lora_target_modules: {text}\n")
+    ).config.lora_target_modules == ("a", "b")
 
 
 @pytest.mark.parametrize("text", ["none", "None", "null", "~", ""])
@@ -133,17 +161,29 @@ def test_none_as_a_flag_takes_back_what_the_file_gives(recipe: Recipe) -> None:
         ("adam_epsilon: 0", "adam_epsilon: found 0"),
         ("max_length: 1", "max_length: found 1"),
         ("save_total_limit: 1", "save_total_limit: found 1, should be greater than or equal to 2"),
-        ("dtype: fp16", "dtype: found 'fp16', should be 'float32', 'bfloat16', 'float16' or 'float64'"),
+        (
+            "dtype: fp16",
+            "dtype: found 'fp16', should be 'float32', 'bfloat16', 'float16' or 'float64'",
+        ),
         ("truncation: cut", "truncation: found 'cut', should be 'truncate', 'drop' or 'error'"),
         ("lr_scheduler_type: polynomial", "lr_scheduler_type: found 'polynomial'"),
         ("use_dora: maybe", "use_dora: found 'maybe', should be a valid boolean"),
-        ("dataset_text_field: no", "dataset_text_field: found False, a true or false of YAML; quote it"),
+        (
+            "dataset_text_field: no",
+            "dataset_text_field: found False, a true or false of YAML; quote it",
+        ),
         ("dataset_text_field: 7", "dataset_text_field: found 7, should be a valid string"),
         ("lerning_rate: 1", "lerning_rate: unknown; did you mean learning_rate?"),
-        ("warmup_ratio: 0.1", "warmup_ratio: write warmup_steps; a value below 1 is the share of the run"),
+        (
+            "warmup_ratio: 0.1",
+            "warmup_ratio: write warmup_steps; a value below 1 is the share of the run",
+        ),
         ("1: 2", "1: unknown"),
         ("max_steps: 5\nwarmup_steps: 6", "warmup_steps: 6 is longer than the run, max_steps 5"),
-        ("prompt_template: '{a}'", "prompt_template, completion_template: one is given, both are needed"),
+        (
+            "prompt_template: '{a}'",
+            "prompt_template, completion_template: one is given, both are needed",
+        ),
         (
             "prompt_template: '{a}'\ncompletion_template: '{b}'\ntext_template: '{c}'",
             "text_template: given together with prompt_template; choose one",
@@ -154,13 +194,16 @@ def test_none_as_a_flag_takes_back_what_the_file_gives(recipe: Recipe) -> None:
         ),
     ],
 )
-def test_a_value_that_cannot_be_used_is_refused_in_one_line(recipe: Recipe, line: str, says: str) -> None:
+def test_a_value_that_cannot_be_used_is_refused_in_one_line(
+    recipe: Recipe, line: str, says: str
+) -> None:
     (answer,) = refusal(recipe(line + "\n"))
     assert answer.startswith(says)
 
 
 @pytest.mark.parametrize(
-    "template", ["{a.b}", "{a.upper}", "{0}", "{}", "{", "}", "{a", "{a!z}", "{a:d}", "{a[0]}", "{a:{b}}"]
+    "template",
+    ["{a.b}", "{a.upper}", "{0}", "{}", "{", "}", "{a", "{a!z}", "{a:d}", "{a[0]}", "{a:{b}}"],
 )
 @pytest.mark.parametrize("knob", ["text_template", "prompt_template"])
 def test_a_template_of_more_than_columns_is_refused(knob: str, template: str) -> None:
@@ -172,7 +215,9 @@ def test_a_template_of_more_than_columns_is_refused(knob: str, template: str) ->
     assert "expected plain columns such as {quote}" in answer
 
 
-@pytest.mark.parametrize("template", ["{quote}", "“{quote}” – {author}\n", "{{literal}} {a}", "{two words}", "{a:>8}"])
+@pytest.mark.parametrize(
+    "template", ["{quote}", "“{quote}” – {author}\n", "{{literal}} {a}", "{two words}", "{a:>8}"]
+)
 def test_a_template_of_columns_is_taken(template: str) -> None:
     assert Config(**REQUIRED, text_template=template).text_template == template
 
@@ -185,10 +230,16 @@ def test_a_template_of_columns_is_taken(template: str) -> None:
         ("\tseed: 1\n", "line 1, column 1"),
         ("seed: [1\n", "line 2, column 1"),
         ("seed: 1\n lora_r: 2\n", "line 2"),
-        ("output_dir: !!python/object/apply:builtins.print [owned]\n", "could not determine a constructor"),
+        (
+            "output_dir: !!python/object/apply:builtins.print [owned]\n",
+            "could not determine a constructor",
+        ),
         ("output_dir: !!python/name:os.system\n", "could not determine a constructor"),
         ("seed: 1\n--- \nseed: 2\n", "expected a single document"),
-        ("output_dir: 2024-13-45\n", "not a YAML file of knobs"),  # a date of YAML 1.1, of no calendar
+        (
+            "output_dir: 2024-13-45\n",
+            "not a YAML file of knobs",
+        ),  # a date of YAML 1.1, of no calendar
         ("seed: !!int seven\n", "not a YAML file of knobs"),
         ("use_dora: !!bool maybe\n", "not a YAML file of knobs"),
         ("[" * 3000, "not a YAML file of knobs"),
@@ -210,19 +261,33 @@ def test_undecodable_bytes_in_a_recipe_are_refused_with_their_place(tmp_path: Pa
 
 
 def test_everything_that_is_wrong_is_said_at_once(recipe: Recipe) -> None:
-    argv = [*recipe("seed: -1\nmax_seq_length: 9\nlerning_rate: 1\n"), "--lora_r=0", "--packing=true", "stray"]
+    argv = [
+        *recipe("seed: -1\nmax_seq_length: 9\nlerning_rate: 1\n"),
+        "--lora_r=0",
+        "--packing=true",
+        "stray",
+    ]
     assert sorted(refusal(argv)) == [
         "'stray': unexpected word; every value follows a --flag",
         "lerning_rate: unknown; did you mean learning_rate?",
         "lora_r: found '0', should be greater than or equal to 1 (flag)",
         "max_seq_length: write max_length",
-        "packing: padding_free: true, the default, pads nothing and lets no row see another; set micro_batch_tokens",
+        (
+            "packing: padding_free: true, the default, pads nothing and lets no row see another;"
+            " set micro_batch_tokens"
+        ),
         "seed: found -1, should be greater than or equal to 0 (file)",
     ]
 
 
 def test_knobs_that_contradict_each_other_are_said_at_once() -> None:
-    argv = ["--load_in_4bit", "--load_in_8bit", "--max_steps=1", "--warmup_steps=2", "--prompt_template={a}"]
+    argv = [
+        "--load_in_4bit",
+        "--load_in_8bit",
+        "--max_steps=1",
+        "--warmup_steps=2",
+        "--prompt_template={a}",
+    ]
     assert [line.split(":")[0] for line in refusal([*argv, *REQUIRED_FLAGS])] == [
         "warmup_steps",
         "prompt_template, completion_template",
@@ -236,11 +301,17 @@ def test_a_bad_template_is_said_together_with_a_value_out_of_range() -> None:
 
 
 def test_what_is_missing_is_said_for_each_knob_without_a_default() -> None:
-    assert refusal([]) == [f"{name}: missing; give --{name}, or a recipe with --config" for name in REQUIRED]
+    assert refusal([]) == [
+        f"{name}: missing; give --{name}, or a recipe with --config" for name in REQUIRED
+    ]
 
 
-def test_batch_keys_of_other_trainers_are_multiplied_with_the_launched_processes(recipe: Recipe) -> None:
-    (answer,) = refusal(recipe("per_device_train_batch_size: 4\ngradient_accumulation_steps: 4\n"), num_processes=2)
+def test_batch_keys_of_other_trainers_are_multiplied_with_the_launched_processes(
+    recipe: Recipe,
+) -> None:
+    (answer,) = refusal(
+        recipe("per_device_train_batch_size: 4\ngradient_accumulation_steps: 4\n"), num_processes=2
+    )
     assert "4 x 4 x 2 processes = global_batch_size: 32" in answer
 
 
@@ -297,7 +368,10 @@ def test_help_says_which_knobs_have_no_default(capsys: pytest.CaptureFixture[str
 def test_a_launch_file_given_as_a_recipe_is_answered_with_the_right_command() -> None:
     for path in sorted((REPOSITORY / "launch_configs").glob("*.yaml")):
         (answer,) = refusal([f"--config={path}"])
-        assert f"{path} is a launch file: accelerate launch --config_file {path} -m loop.train" in answer
+        assert (
+            f"{path} is a launch file: accelerate launch --config_file {path} -m loop.train"
+            in answer
+        )
 
 
 def test_print_config_prints_what_reads_back_and_starts_nothing(
@@ -327,7 +401,24 @@ def test_the_resolved_config_names_each_knob_and_who_set_it(recipe: Recipe) -> N
 
 
 texts = st.text(st.characters(codec="utf-8"), max_size=40) | st.sampled_from(
-    ["a\nb", " a ", "# a", "a: b", "yes", "1e-4", "~", "'", '"', "{a}", "\\n", "[", "\t", "\u2028x", "\x85", "\ufeff"]
+    [
+        "a\nb",
+        " a ",
+        "# a",
+        "a: b",
+        "yes",
+        "1e-4",
+        "~",
+        "'",
+        '"',
+        "{a}",
+        "\\n",
+        "[",
+        "\t",
+        "\u2028x",
+        "\x85",
+        "\ufeff",
+    ]
 )
 numbers = st.floats(min_value=0, max_value=1e6, exclude_min=True, allow_nan=False)
 
@@ -336,9 +427,17 @@ numbers = st.floats(min_value=0, max_value=1e6, exclude_min=True, allow_nan=Fals
     derandomize=True,
     deadline=None,
     max_examples=150,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],  # one file, overwritten by each example
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture
+    ],  # one file, overwritten by each example
 )
-@given(prompt=texts, field=texts, rate=numbers, epsilon=numbers, modules=st.lists(st.sampled_from("abc"), min_size=1))
+@given(
+    prompt=texts,
+    field=texts,
+    rate=numbers,
+    epsilon=numbers,
+    modules=st.lists(st.sampled_from("abc"), min_size=1),
+)
 def test_the_resolved_config_reads_back_to_an_equal_config(
     tmp_path: Path, prompt: str, field: str, rate: float, epsilon: float, modules: list[str]
 ) -> None:
@@ -420,13 +519,19 @@ def test_what_may_change_in_a_resume_is_this_and_no_more() -> None:
 # Recipes.
 
 
-@pytest.mark.parametrize("name", ["demo", "bloom-7b1-quotes", "bloom-7b1-quotes-4bit", "bloom-7b1-quotes-t4"])
-def test_a_recipe_is_found_by_name_from_any_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", ["demo", "bloom-7b1-quotes", "bloom-7b1-quotes-4bit", "bloom-7b1-quotes-t4"]
+)
+def test_a_recipe_is_found_by_name_from_any_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_recipe(name) == REPOSITORY / "loop" / "recipes" / f"{name}.yaml"
 
 
-def test_a_file_is_preferred_to_a_recipe_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_preferred_to_a_recipe_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").write_text("seed: 1\n")
     assert find_recipe("demo") == Path("demo")
@@ -435,12 +540,20 @@ def test_a_file_is_preferred_to_a_recipe_of_that_name(tmp_path: Path, monkeypatc
 def test_an_unknown_recipe_is_answered_with_those_there_are() -> None:
     (answer,) = refusal(["--config=dmeo"])
     assert "'dmeo'" in answer
-    assert answer.endswith("the recipes are bloom-7b1-quotes, bloom-7b1-quotes-4bit, bloom-7b1-quotes-t4, demo")
+    assert answer.endswith(
+        "the recipes are bloom-7b1-quotes, bloom-7b1-quotes-4bit, bloom-7b1-quotes-t4, demo"
+    )
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "loop" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "loop" / "recipes").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_every_recipe_can_be_run_by_the_command_in_its_header(path: Path) -> None:
-    header = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    header = [
+        line[1:].strip()
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.startswith("#")
+    ]
     (command,) = [line for line in header if line.startswith("accelerate launch")]
     words = shlex.split(command)
     assert (REPOSITORY / words[words.index("--config_file") + 1]).is_file()
@@ -458,7 +571,9 @@ def test_the_demo_finds_its_model_and_its_quotes_from_any_folder(
     assert config.dataset_name == str(REPOSITORY / "loop" / "demo" / "quotes.jsonl")
 
 
-def test_a_relative_path_in_a_recipe_is_relative_to_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_path_in_a_recipe_is_relative_to_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "recipes").mkdir()
     (tmp_path / "elsewhere").mkdir()
     text = "model_name_or_path: ../base\ndataset_name: ./rows.jsonl\noutput_dir: ./run\n"
@@ -497,7 +612,9 @@ def test_a_path_that_begins_with_a_dot_is_read_back_from_the_run_as_what_it_was(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
-    command = parse_command_line(["--model_name_or_path=./m", "--dataset_name=../rows.csv", "--output_dir=run"])
+    command = parse_command_line(
+        ["--model_name_or_path=./m", "--dataset_name=../rows.csv", "--output_dir=run"]
+    )
     (tmp_path / "run" / "config.yaml").write_text(config_yaml(command.config, command.set_by))
     config = parse_command_line(["--config=run/config.yaml"]).config
     assert config.model_name_or_path == f"{tmp_path}/m"

@@ -26,14 +26,27 @@ KNOBS = list(FIELDS)
         (
             {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
             2,
-            "per_device_train_batch_size, gradient_accumulation_steps: 4 x 4 x 2 processes = global_batch_size: 32",
+            (
+                "per_device_train_batch_size, gradient_accumulation_steps: 4 x 4 x 2 processes ="
+                " global_batch_size: 32"
+            ),
         ),
         ({"per_device_train_batch_size": "16"}, 1, "16 x 1 x 1 process = global_batch_size: 16"),
-        ({"train_batch_size": 2, "gradient_accumulation_steps": "3"}, 4, "2 x 3 x 4 processes = global_batch_size: 24"),
-        ({"gradient_accumulation_steps": 4}, 1, "8 x 4 x 1 process = global_batch_size: 32"),  # transformers' default
+        (
+            {"train_batch_size": 2, "gradient_accumulation_steps": "3"},
+            4,
+            "2 x 3 x 4 processes = global_batch_size: 24",
+        ),
+        (
+            {"gradient_accumulation_steps": 4},
+            1,
+            "8 x 4 x 1 process = global_batch_size: 32",
+        ),  # transformers' default
     ],
 )
-def test_batch_keys_are_answered_by_their_product(given: dict[str, Any], num_processes: int, answer: str) -> None:
+def test_batch_keys_are_answered_by_their_product(
+    given: dict[str, Any], num_processes: int, answer: str
+) -> None:
     answers = answer_unknown_keys(given, num_processes, KNOBS)
     assert len(answers) == 1
     assert answer in answers[0]
@@ -49,7 +62,8 @@ def test_the_batch_size_that_is_assumed_is_transformers_default() -> None:
 def test_a_batch_size_that_is_no_number_is_answered_without_arithmetic(value: Any) -> None:
     answers = answer_unknown_keys({"per_device_train_batch_size": value}, 2, KNOBS)
     assert answers == [
-        "per_device_train_batch_size: write global_batch_size, the rows per optimizer step over all processes"
+        "per_device_train_batch_size: write global_batch_size, the rows per optimizer step over all"
+        " processes"
     ]
 
 
@@ -66,9 +80,16 @@ def test_every_field_of_the_libraries_is_a_knob_or_is_answered(library: Any) -> 
 
 
 def test_every_field_that_trl_adds_is_a_knob_or_is_answered() -> None:
-    """Their names are written down in guide_table.py: TRL is not installed. These are read off its 1.16.0 once more."""
-    sft = "max_length packing padding_free eval_packing packing_strategy chat_template_path shuffle_dataset loss_type"
-    model = "attn_implementation use_peft lora_task_type load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant lora_r"
+    """Their names are written down in guide_table.py: TRL is not installed. These are read off its
+    1.16.0 once more."""
+    sft = (
+        "max_length packing padding_free eval_packing packing_strategy chat_template_path"
+        " shuffle_dataset loss_type"
+    )
+    model = (
+        "attn_implementation use_peft lora_task_type load_in_4bit bnb_4bit_quant_type"
+        " use_bnb_nested_quant lora_r"
+    )
     assert {*sft.split(), *model.split(), "dataset_streaming", "dataset_test_split"} <= {*TRL}
     assert not unanswered(list(TRL))
 
@@ -92,7 +113,10 @@ def test_an_answer_is_one_line_that_names_only_what_there_is(answer: str) -> Non
     for file in re.findall(r"[\w/]+\.py", answer):
         assert (ROOT / "loop" / file).is_file(), file
     for command in re.findall(r"-m loop\.(\w+)", answer):
-        assert {*(ROOT / "loop").glob(f"{command}.py"), *(ROOT / "loop").glob(f"{command}/__main__.py")}, command
+        assert {
+            *(ROOT / "loop").glob(f"{command}.py"),
+            *(ROOT / "loop").glob(f"{command}/__main__.py"),
+        }, command
 
 
 THEIRS = {"mixed_precision", "eval_loss", "target_tokens", "padded_tokens", "peak_memory_bytes"}
@@ -157,7 +181,13 @@ def test_an_unknown_key_is_answered_by_the_nearest_knob(typed: str, answer: str)
 
 
 def test_each_key_is_answered_once() -> None:
-    given = {"bf16": True, "per_device_train_batch_size": 2, "lr": 1, "train_batch_size": 2, "seed_": 3}
+    given = {
+        "bf16": True,
+        "per_device_train_batch_size": 2,
+        "lr": 1,
+        "train_batch_size": 2,
+        "seed_": 3,
+    }
     answers = answer_unknown_keys(given, 1, KNOBS)
     assert [answer.split(":")[0] for answer in answers] == [
         "per_device_train_batch_size, train_batch_size",

@@ -41,13 +41,17 @@ def tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerBase:
 def load(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Load:
     """load_data of a file with these rows (each a text, or a whole row), bytes, or of a path."""
 
-    def of(content: Any, name: str = "rows.jsonl", tokenizer: Any = tokenizer, **knobs: Any) -> Data:
+    def of(
+        content: Any, name: str = "rows.jsonl", tokenizer: Any = tokenizer, **knobs: Any
+    ) -> Data:
         path = content if isinstance(content, Path) else tmp_path / name
         if isinstance(content, bytes):
             path.write_bytes(content)
         elif isinstance(content, list):
             write_rows(path, content)
-        config = Config(model_name_or_path="unused", output_dir="unused", dataset_name=str(path), **knobs)
+        config = Config(
+            model_name_or_path="unused", output_dir="unused", dataset_name=str(path), **knobs
+        )
         return load_data(config, tokenizer)
 
     return of
@@ -60,11 +64,17 @@ def write_rows(path: Path, rows: list[Any]) -> None:
 
 def texts(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What the tokens say, without the end-of-text."""
-    return [str(tokenizer.decode(tokens[: -1 if tokens[-1] == EOS else None])) for tokens, _ in read(examples)]
+    return [
+        str(tokenizer.decode(tokens[: -1 if tokens[-1] == EOS else None]))
+        for tokens, _ in read(examples)
+    ]
 
 
 def read(examples: Examples) -> list[tuple[list[int], int]]:
-    return [(example.input_ids, example.target_start) for example in examples.read(np.arange(len(examples)))]
+    return [
+        (example.input_ids, example.target_start)
+        for example in examples.read(np.arange(len(examples)))
+    ]
 
 
 def count(data: Data, *names: str) -> list[int]:
@@ -88,7 +98,14 @@ def count(data: Data, *names: str) -> list[int]:
     ],
 )
 def test_a_template_is_filled_with_the_columns_of_a_row(template: str, text: str) -> None:
-    row = {"quote": "To be", "author": "W. S.", "tags": ["life", "death"], "none": [], "two words": "2", "year": 1601}
+    row = {
+        "quote": "To be",
+        "author": "W. S.",
+        "tags": ["life", "death"],
+        "none": [],
+        "two words": "2",
+        "year": 1601,
+    }
     assert render(template, row, 0) == text
 
 
@@ -96,7 +113,9 @@ def test_braces_in_a_rows_text_are_text() -> None:
     assert render("<{text}>", {"text": "{author} {0} %s {"}, 0) == "<{author} {0} %s {>"
 
 
-def test_the_text_of_every_row_is_exact_and_in_the_order_of_the_file(load: Load, tokenizer: Any, ragged: Path) -> None:
+def test_the_text_of_every_row_is_exact_and_in_the_order_of_the_file(
+    load: Load, tokenizer: Any, ragged: Path
+) -> None:
     data = load(ragged)
     rows = [json.loads(line)["text"] for line in ragged.read_text(encoding="utf-8").splitlines()]
     assert data.train.rows.tolist() == list(range(40))
@@ -140,24 +159,32 @@ def test_end_of_text_is_appended_once(load: Load, tokenizer: Any) -> None:
 def ending_tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerBase:
     """A tokenizer that ends every text by itself, as T5's and some of Llama's do."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", EOS)])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", EOS)]
+    )
     return tokenizer
 
 
-def test_end_of_text_is_not_doubled_where_the_tokenizer_adds_it(load: Load, ending_tokenizer: Any) -> None:
+def test_end_of_text_is_not_doubled_where_the_tokenizer_adds_it(
+    load: Load, ending_tokenizer: Any
+) -> None:
     ((tokens, _),) = read(load(["A good tool"], tokenizer=ending_tokenizer).train)
     assert tokens.count(EOS) == 1
     assert tokens == ending_tokenizer("A good tool")["input_ids"]
 
 
-def test_end_of_text_does_not_stand_between_prompt_and_completion(load: Load, ending_tokenizer: Any) -> None:
+def test_end_of_text_does_not_stand_between_prompt_and_completion(
+    load: Load, ending_tokenizer: Any
+) -> None:
     rows = [{"prompt": "A good", "completion": " tool"}]
     ((tokens, start),) = read(load(rows, tokenizer=ending_tokenizer).train)
     assert tokens.index(EOS) == len(tokens) - 1
     assert tokens[:start] == ending_tokenizer("A good")["input_ids"][:-1]
 
 
-def test_end_of_text_is_appended_where_it_is_also_the_pad_token(load: Load, tokenizer_folder: Path) -> None:
+def test_end_of_text_is_appended_where_it_is_also_the_pad_token(
+    load: Load, tokenizer_folder: Path
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.pad_token = tokenizer.eos_token
     ((tokens, _),) = read(load(["A good tool"], tokenizer=tokenizer).train)
@@ -166,7 +193,9 @@ def test_end_of_text_is_appended_where_it_is_also_the_pad_token(load: Load, toke
 
 def test_a_beginning_that_the_tokenizer_adds_stays(load: Load, tokenizer_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     ((tokens, _),) = read(load(["tool"], tokenizer=tokenizer).train)
     assert (tokens[0], tokens.count(1), tokens[-1]) == (1, 1, EOS)
     rows = [{"prompt": "A good", "completion": " tool"}]
@@ -174,7 +203,9 @@ def test_a_beginning_that_the_tokenizer_adds_stays(load: Load, tokenizer_folder:
     assert (tokens[0], tokens.count(1), tokens[-1]) == (1, 1, EOS)
 
 
-def test_without_an_end_of_text_token_a_text_is_its_tokens_alone(load: Load, tokenizer_folder: Path) -> None:
+def test_without_an_end_of_text_token_a_text_is_its_tokens_alone(
+    load: Load, tokenizer_folder: Path
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, eos_token=None)
     assert tokenizer.eos_token_id is None
     data = load(["A good tool", "x"], tokenizer=tokenizer)
@@ -208,14 +239,18 @@ def test_a_text_that_is_asked_for_wins_over_prompt_and_completion_columns(
 
 
 def test_columns_named_as_ours_do_not_disturb(load: Load, tokenizer: Any) -> None:
-    rows = [{"text": "A good tool", "input_ids": "x", "length": 7, "num_targets": "none", "fate": None}]
+    rows = [
+        {"text": "A good tool", "input_ids": "x", "length": 7, "num_targets": "none", "fate": None}
+    ]
     assert texts(load(rows).train, tokenizer) == ["A good tool"]
 
 
 # Rows that are too long, or empty.
 
 
-def test_a_truncated_row_keeps_its_first_tokens_and_has_no_end_of_text(load: Load, tokenizer: Any) -> None:
+def test_a_truncated_row_keeps_its_first_tokens_and_has_no_end_of_text(
+    load: Load, tokenizer: Any
+) -> None:
     long = "A good tool improves the hand that holds it"
     data = load([long, "x"], max_length=4)
     assert [tokens for tokens, _ in read(data.train)] == [
@@ -227,22 +262,23 @@ def test_a_truncated_row_keeps_its_first_tokens_and_has_no_end_of_text(load: Loa
 
 
 def test_a_long_row_is_dropped_if_asked(load: Load, tokenizer: Any) -> None:
-    data = load(["A good tool improves the hand that holds it", "x"], max_length=4, truncation="drop")
+    data = load(
+        ["A good tool improves the hand that holds it", "x"], max_length=4, truncation="drop"
+    )
     assert texts(data.train, tokenizer) == ["x"]
     assert data.train.rows.tolist() == [1]
-    assert count(data, "rows", "train_rows", "truncated", "dropped_too_long", "dropped_without_target") == [
-        2,
-        1,
-        0,
-        1,
-        0,
-    ]
+    assert count(
+        data, "rows", "train_rows", "truncated", "dropped_too_long", "dropped_without_target"
+    ) == [2, 1, 0, 1, 0]
 
 
 def test_a_long_row_is_an_error_if_asked(load: Load, tokenizer: Any) -> None:
     long = "A good tool improves the hand that holds it"
     tokens = len(tokenizer(long)["input_ids"]) + 1
-    with pytest.raises(DataError, match=f"row 1 has {tokens} tokens, max_length is 4; raise it, or choose truncation"):
+    with pytest.raises(
+        DataError,
+        match=f"row 1 has {tokens} tokens, max_length is 4; raise it, or choose truncation",
+    ):
         load(["x", long], max_length=4, truncation="error")
 
 
@@ -262,7 +298,10 @@ def test_rows_without_a_target_are_dropped_and_counted(load: Load, tokenizer: An
 
 
 def test_a_prompt_that_leaves_no_room_for_its_completion_is_dropped(load: Load) -> None:
-    rows = [{"prompt": "A good tool improves the hand", "completion": " that"}, {"prompt": "", "completion": "x"}]
+    rows = [
+        {"prompt": "A good tool improves the hand", "completion": " that"},
+        {"prompt": "", "completion": "x"},
+    ]
     data = load(rows, max_length=4)
     assert data.train.rows.tolist() == [1]
     assert count(data, "dropped_without_target", "truncated") == [1, 0]
@@ -276,7 +315,10 @@ def test_an_empty_completion_is_dropped_and_an_empty_prompt_is_not(load: Load) -
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        ([{"quote": "x", "author": "y"}], "column 'text' is missing; the columns are author, quote"),
+        (
+            [{"quote": "x", "author": "y"}],
+            "column 'text' is missing; the columns are author, quote",
+        ),
         (["x", None], "row 1, column 'text': found None, expected text"),
         ([{"text": 7}], "row 0, column 'text': found 7, expected text"),
         ([{"text": True}], "row 0, column 'text': found True, expected text"),
@@ -286,7 +328,9 @@ def test_an_empty_completion_is_dropped_and_an_empty_prompt_is_not(load: Load) -
         (["", " "], "no rows are left"),
     ],
 )
-def test_a_row_that_is_no_text_is_refused_by_its_number(load: Load, rows: list[Any], says: str) -> None:
+def test_a_row_that_is_no_text_is_refused_by_its_number(
+    load: Load, rows: list[Any], says: str
+) -> None:
     with pytest.raises(DataError) as caught:
         load(rows)
     assert says in str(caught.value)
@@ -313,9 +357,15 @@ def write_csv(path: Path) -> None:
     ("name", "write"),
     [
         ("rows.jsonl", lambda path: write_rows(path, ROWS)),
-        ("rows.json", lambda path: path.write_text(json.dumps([{"text": row} for row in ROWS], indent=1))),
+        (
+            "rows.json",
+            lambda path: path.write_text(json.dumps([{"text": row} for row in ROWS], indent=1)),
+        ),
         ("rows.csv", write_csv),
-        ("rows.parquet", lambda path: pyarrow.parquet.write_table(pyarrow.table({"text": ROWS}), path)),
+        (
+            "rows.parquet",
+            lambda path: pyarrow.parquet.write_table(pyarrow.table({"text": ROWS}), path),
+        ),
     ],
 )
 def test_a_file_of_each_kind_gives_the_same_rows(
@@ -340,7 +390,9 @@ def test_a_line_of_a_txt_file_is_a_row(load: Load, tokenizer: Any) -> None:
         ("rows.txt", b"one\n"),
     ],
 )
-def test_a_byte_order_mark_is_no_text(load: Load, tokenizer: Any, name: str, content: bytes) -> None:
+def test_a_byte_order_mark_is_no_text(
+    load: Load, tokenizer: Any, name: str, content: bytes
+) -> None:
     assert texts(load(b"\xef\xbb\xbf" + content, name=name).train, tokenizer) == ["one"]
 
 
@@ -377,13 +429,17 @@ def test_a_byte_that_is_not_utf_8_is_refused_with_its_offset(
         ("rows.jsonl", b'{"text": "\\ud800"}\n'),
     ],
 )
-def test_a_file_without_rows_or_of_another_kind_is_refused_by_name(load: Load, name: str, content: bytes) -> None:
+def test_a_file_without_rows_or_of_another_kind_is_refused_by_name(
+    load: Load, name: str, content: bytes
+) -> None:
     with pytest.raises(DataError, match=name):
         load(content, name=name)
 
 
 def test_a_parquet_file_without_rows_is_refused(load: Load, tmp_path: Path) -> None:
-    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "rows.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "rows.parquet"
+    )
     with pytest.raises(DataError, match=r"rows\.parquet"):
         load(tmp_path / "rows.parquet")
 
@@ -394,20 +450,31 @@ def test_a_missing_file_is_refused_by_its_path(load: Load, tmp_path: Path) -> No
 
 
 def test_a_dataset_of_the_hub_that_cannot_be_reached_is_an_error_of_the_hub(tokenizer: Any) -> None:
-    config = Config(model_name_or_path="unused", output_dir="unused", dataset_name="nobody/nothing-at-all")
+    config = Config(
+        model_name_or_path="unused", output_dir="unused", dataset_name="nobody/nothing-at-all"
+    )
     with pytest.raises(HubError, match="nobody/nothing-at-all"):
         load_data(config, tokenizer)
 
 
-@pytest.mark.parametrize("name", ["rows[1].jsonl", "rows*.jsonl", "rows?.jsonl", "r o%20w#s.jsonl", "rows{1,2}.jsonl"])
-def test_a_file_is_read_by_its_name_not_by_a_pattern(load: Load, tokenizer: Any, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["rows[1].jsonl", "rows*.jsonl", "rows?.jsonl", "r o%20w#s.jsonl", "rows{1,2}.jsonl"]
+)
+def test_a_file_is_read_by_its_name_not_by_a_pattern(
+    load: Load, tokenizer: Any, tmp_path: Path, name: str
+) -> None:
     write_rows(tmp_path / "rows1.jsonl", ["another file"])
     assert texts(load(["this file"], name=name).train, tokenizer) == ["this file"]
 
 
 @pytest.mark.parametrize(
     ("split", "rows"),
-    [("train", ["a", "b", "c", "d"]), ("train[1:3]", ["b", "c"]), ("train[:50%]", ["a", "b"]), ("train[-1:]", ["d"])],
+    [
+        ("train", ["a", "b", "c", "d"]),
+        ("train[1:3]", ["b", "c"]),
+        ("train[:50%]", ["a", "b"]),
+        ("train[-1:]", ["d"]),
+    ],
 )
 def test_a_split_may_be_a_slice(load: Load, tokenizer: Any, split: str, rows: list[str]) -> None:
     data = load(["a", "b", "c", "d"], dataset_train_split=split)
@@ -427,7 +494,9 @@ def test_a_split_that_is_not_there_is_refused(load: Load, split: str) -> None:
 HUNDRED = [f"row {i}" for i in range(100)]
 
 
-def test_held_out_rows_and_training_rows_are_disjoint_and_complete(load: Load, tokenizer: Any) -> None:
+def test_held_out_rows_and_training_rows_are_disjoint_and_complete(
+    load: Load, tokenizer: Any
+) -> None:
     data = load(HUNDRED, eval_fraction=0.13)
     assert count(data, "train_rows", "heldout_rows") == [87, 13]
     assert sorted([*data.train.rows, *data.heldout.rows]) == list(range(100))
@@ -436,7 +505,9 @@ def test_held_out_rows_and_training_rows_are_disjoint_and_complete(load: Load, t
 
 
 def test_held_out_rows_are_drawn_by_the_seed(load: Load) -> None:
-    drawn = [load(HUNDRED, eval_fraction=0.1, seed=seed).heldout.rows.tolist() for seed in (1, 1, 2)]
+    drawn = [
+        load(HUNDRED, eval_fraction=0.1, seed=seed).heldout.rows.tolist() for seed in (1, 1, 2)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
     reference = np.random.RandomState([1, 4294967295]).permutation(100)[:10]
     assert drawn[0] == sorted(reference.tolist())
@@ -448,7 +519,9 @@ def test_rows_without_a_target_are_neither_trained_on_nor_held_out(load: Load) -
     assert count(data, "train_rows", "heldout_rows", "dropped_without_target") == [2, 2, 2]
 
 
-@pytest.mark.parametrize(("fraction", "held_out"), [(0.0, 0), (0.001, 1), (0.1, 1), (0.5, 5), (0.99, None)])
+@pytest.mark.parametrize(
+    ("fraction", "held_out"), [(0.0, 0), (0.001, 1), (0.1, 1), (0.5, 5), (0.99, None)]
+)
 def test_a_share_above_zero_holds_out_a_row_at_least_and_never_all(
     load: Load, fraction: float, held_out: int | None
 ) -> None:
@@ -460,7 +533,9 @@ def test_a_share_above_zero_holds_out_a_row_at_least_and_never_all(
 
 
 def test_a_test_split_is_held_out_whole(load: Load, tokenizer: Any) -> None:
-    data = load(["a", "b", "c", "", "d"], dataset_train_split="train[:3]", dataset_test_split="train[3:]")
+    data = load(
+        ["a", "b", "c", "", "d"], dataset_train_split="train[:3]", dataset_test_split="train[3:]"
+    )
     assert texts(data.train, tokenizer) == ["a", "b", "c"]
     assert texts(data.heldout, tokenizer) == ["d"]
     assert data.heldout.rows.tolist() == [1]
@@ -483,7 +558,9 @@ def test_the_counts_of_tokens_are_those_of_the_examples(load: Load, ragged: Path
     for name, part in (("train", data.train), ("heldout", data.heldout)):
         targets = sum(len(tokens) - max(1, start) for tokens, start in read(part))
         assert count(data, f"{name}_target_tokens") == [targets]
-    assert data.largest_token_id == max(max(tokens) for part in (data.train, data.heldout) for tokens, _ in read(part))
+    assert data.largest_token_id == max(
+        max(tokens) for part in (data.train, data.heldout) for tokens, _ in read(part)
+    )
 
 
 # The fingerprint, and the cache.
@@ -510,14 +587,19 @@ def test_the_fingerprint_is_that_of_the_content_not_of_the_file(load: Load, tmp_
         (HUNDRED, {"prompt_template": "row", "completion_template": "{text}"}),
     ],
 )
-def test_the_fingerprint_changes_with_what_is_trained_on(load: Load, rows: list[str], knobs: dict[str, Any]) -> None:
+def test_the_fingerprint_changes_with_what_is_trained_on(
+    load: Load, rows: list[str], knobs: dict[str, Any]
+) -> None:
     usual = load(HUNDRED, eval_fraction=0.1).fingerprint
     assert load(rows, name="other.jsonl", **{"eval_fraction": 0.1, **knobs}).fingerprint != usual
 
 
 def test_where_the_targets_begin_changes_the_fingerprint(load: Load) -> None:
     """The same tokens, with another boundary between prompt and completion."""
-    rows = [{"prompt": "row", "completion": " row row"}], [{"prompt": "row row", "completion": " row"}]
+    rows = (
+        [{"prompt": "row", "completion": " row row"}],
+        [{"prompt": "row row", "completion": " row"}],
+    )
     one, other = (load(row, name=f"{i}.jsonl") for i, row in enumerate(rows))
     assert read(one.train)[0][0] == read(other.train)[0][0]
     assert one.fingerprint != other.fingerprint
@@ -536,9 +618,17 @@ def test_a_second_load_reads_the_cache(load: Load, tmp_path: Path) -> None:
     assert again.fingerprint == first.fingerprint
 
 
-@pytest.mark.parametrize("knobs", [{"max_length": 3}, {"truncation": "drop"}, {"text_template": "{text}!"}])
-def test_what_decides_the_tokens_decides_the_cache(load: Load, tmp_path: Path, knobs: dict[str, Any]) -> None:
-    assert cache_files(load(HUNDRED)).keys().isdisjoint(cache_files(load(tmp_path / "rows.jsonl", **knobs)))
+@pytest.mark.parametrize(
+    "knobs", [{"max_length": 3}, {"truncation": "drop"}, {"text_template": "{text}!"}]
+)
+def test_what_decides_the_tokens_decides_the_cache(
+    load: Load, tmp_path: Path, knobs: dict[str, Any]
+) -> None:
+    assert (
+        cache_files(load(HUNDRED))
+        .keys()
+        .isdisjoint(cache_files(load(tmp_path / "rows.jsonl", **knobs)))
+    )
 
 
 def test_another_tokenizer_does_not_read_the_first_ones_cache(
@@ -591,18 +681,33 @@ def test_data_that_cannot_be_trained_on_ends_with_code_3(
     assert not (tmp_path / "run" / "ledger.jsonl").exists()
 
 
-def test_fewer_rows_than_processes_are_trained_on(settings: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_fewer_rows_than_processes_are_trained_on(
+    settings: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     write_rows(tmp_path / "two.jsonl", ["A good tool", "improves the hand"])
-    run(flags(settings(dataset_name=tmp_path / "two.jsonl", max_steps=2)), tmp_path / "log", num_processes=3)
-    steps = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    run(
+        flags(settings(dataset_name=tmp_path / "two.jsonl", max_steps=2)),
+        tmp_path / "log",
+        num_processes=3,
+    )
+    steps = [
+        json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()
+    ]
     assert [sorted(step["rows"]) for step in steps] == [[0] * 4 + [1] * 4] * 2
 
 
-def test_one_row_is_enough_for_a_run(settings: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_one_row_is_enough_for_a_run(
+    settings: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     write_rows(tmp_path / "one.jsonl", ["A good tool"])
-    given = {**settings(dataset_name=tmp_path / "one.jsonl", num_train_epochs=1), "max_steps": "none"}
+    given = {
+        **settings(dataset_name=tmp_path / "one.jsonl", num_train_epochs=1),
+        "max_steps": "none",
+    }
     run(flags(given), tmp_path / "log", num_processes=2)
-    (step,) = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    (step,) = [
+        json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()
+    ]
     assert (step["rows"], step["micro_batches"]) == ([0], 2)
 
 
@@ -634,12 +739,18 @@ print(data.counts["rows"], max([*sizes, anonymous_kib()]))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's count of pages that belong to no file")
-def test_a_million_rows_take_no_more_memory_than_a_thousand(tmp_path: Path, tokenizer_folder: Path) -> None:
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="reads the kernel's count of pages that belong to no file"
+)
+def test_a_million_rows_take_no_more_memory_than_a_thousand(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
     peak = {}
     for rows in (1_000, 1_000_000):
         path = tmp_path / f"{rows}.parquet"
-        pyarrow.parquet.write_table(pyarrow.table({"text": [f"{row % 997}" for row in range(rows)]}), path)
+        pyarrow.parquet.write_table(
+            pyarrow.table({"text": [f"{row % 997}" for row in range(rows)]}), path
+        )
         found = subprocess.run(
             [sys.executable, "-c", MEASURE, str(path), str(tokenizer_folder)],
             cwd=REPOSITORY,
@@ -649,11 +760,15 @@ def test_a_million_rows_take_no_more_memory_than_a_thousand(tmp_path: Path, toke
         )
         read_rows, peak_kib = map(int, found.stdout.split())
         assert read_rows == rows
-        peak[rows] = peak_kib / 1024  # without the mapped pages of the cache, which the kernel may take back
+        peak[rows] = (
+            peak_kib / 1024
+        )  # without the mapped pages of the cache, which the kernel may take back
     assert peak[1_000_000] - peak[1_000] < 300, f"MiB: {peak}"
 
 
-def test_tokenizer_is_named_by_what_it_does_and_not_by_how_it_was_called(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_tokenizer_is_named_by_what_it_does_and_not_by_how_it_was_called(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     before = tokenizer_sha256(tokenizer)
     tokenizer(["a", "a longer text"], padding=True, truncation=True, max_length=3)
     assert tokenizer_sha256(tokenizer) == before

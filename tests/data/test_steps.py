@@ -20,7 +20,11 @@ from loop.data.steps import Step, Steps
 def data(ragged: Path, tokenizer_folder: Path) -> Data:
     """40 rows of 2 to 128 tokens, four held out, so that places and rows of the dataset differ."""
     config = Config(
-        model_name_or_path="unused", dataset_name=str(ragged), output_dir="unused", max_length=128, eval_fraction=0.1
+        model_name_or_path="unused",
+        dataset_name=str(ragged),
+        output_dir="unused",
+        max_length=128,
+        eval_fraction=0.1,
     )
     return load_data(config, AutoTokenizer.from_pretrained(tokenizer_folder))
 
@@ -50,7 +54,8 @@ def all_steps(steps: Steps) -> list[Step]:
 
 
 def rows_of(batch: Batch) -> list[tuple[int, ...]]:
-    """The rows that a batch holds, by where their positions start again; none for the token that stands for none."""
+    """The rows that a batch holds, by where their positions start again; none for the token that
+    stands for none."""
     if batch.input_ids.tolist() == [0]:
         return []
     starts = [place for place, position in enumerate(batch.position_ids.tolist()) if position == 0]
@@ -64,14 +69,20 @@ def tokens_of(step: Step) -> list[tuple[int, ...]]:
 
 def computed(batch: Batch, padding_free: bool) -> int:
     """Tokens of one forward."""
-    return len(batch.input_ids) if padding_free else sum(grid.rows * grid.width for grid in batch.grids)
+    return (
+        len(batch.input_ids)
+        if padding_free
+        else sum(grid.rows * grid.width for grid in batch.grids)
+    )
 
 
 def texts(ragged: Path, tokenizer_folder: Path, rows: list[int]) -> list[tuple[int, ...]]:
     """Rows of the file, tokenised by transformers alone."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     lines = ragged.read_text(encoding="utf-8").splitlines()
-    return [tuple((tokenizer(json.loads(lines[row])["text"])["input_ids"] + [2])[:128]) for row in rows]
+    return [
+        tuple((tokenizer(json.loads(lines[row])["text"])["input_ids"] + [2])[:128]) for row in rows
+    ]
 
 
 def equal(one: Step, other: Step) -> bool:
@@ -114,7 +125,8 @@ def test_the_counts_of_a_step_are_those_of_all_processes_batches(
     data: Data, num_processes: int, padding_free: bool
 ) -> None:
     shares = [
-        all_steps(steps_of(data, process, num_processes, padding_free=padding_free)) for process in range(num_processes)
+        all_steps(steps_of(data, process, num_processes, padding_free=padding_free))
+        for process in range(num_processes)
     ]
     for parts in zip(*shares):
         batches = [batch for part in parts for _, batch in part.micro_batches]
@@ -126,11 +138,15 @@ def test_the_counts_of_a_step_are_those_of_all_processes_batches(
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 4])
-def test_all_processes_agree_on_everything_but_their_micro_batches(data: Data, num_processes: int) -> None:
+def test_all_processes_agree_on_everything_but_their_micro_batches(
+    data: Data, num_processes: int
+) -> None:
     shares = [all_steps(steps_of(data, process, num_processes)) for process in range(num_processes)]
     for parts in zip(*shares):
         assert len({str(part._replace(micro_batches=[])) for part in parts}) == 1
-        assert len({len(part.micro_batches) for part in parts}) == 1, "unequal counts would hang the collectives"
+        assert len({len(part.micro_batches) for part in parts}) == 1, (
+            "unequal counts would hang the collectives"
+        )
         numbers = sorted(k for part in parts for k, _ in part.micro_batches)
         assert numbers == list(range(parts[0].num_micro_batches))
 

@@ -1,4 +1,5 @@
-"""The embedded default: a base that was really pretrained, quotes that it learns from, and a README that is true."""
+"""The embedded default: a base that was really pretrained, quotes that it learns from, and a README
+that is true."""
 
 import hashlib
 import json
@@ -33,7 +34,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[float]]:
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_held_out_loss_falls_by_more_than_four_tenths_of_a_nat(seed: int, trained: dict[int, list[float]]) -> None:
+def test_held_out_loss_falls_by_more_than_four_tenths_of_a_nat(
+    seed: int, trained: dict[int, list[float]]
+) -> None:
     assert trained[seed][-1] < trained[seed][0] - 0.4
 
 
@@ -41,7 +44,9 @@ def test_pretrained_base_ends_far_below_a_random_one(
     trained: dict[int, list[float]], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("random-base")
-    model = AutoModelForCausalLM.from_config(AutoModelForCausalLM.from_pretrained(DEMO_MODEL).config)
+    model = AutoModelForCausalLM.from_config(
+        AutoModelForCausalLM.from_pretrained(DEMO_MODEL).config
+    )
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
     random_base = demo(tmp_path / "run", "--model_name_or_path", str(folder), "--seed", "1")
@@ -95,35 +100,47 @@ def test_readme_shows_this_programs_losses_and_its_code_runs(
 
 
 def test_ten_lines_of_python_train_and_give_the_same_again(tmp_path: Path) -> None:
-    code, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    code, _ = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL
+    )
     (tmp_path / "loop").symlink_to(ROOT / "loop")
     words = [sys.executable, "-W", "error::ResourceWarning", "-c", code]
     said = []
     for _ in range(2):
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=True)
+        done = subprocess.run(
+            words, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=True
+        )
         said.append(done.stdout.strip().splitlines()[-1])
     base, adapter, sha256 = said[0].split()
     assert float(base) == pytest.approx(6.2732, abs=2e-3)
     assert float(adapter) < 5
     assert (
-        hashlib.sha256((tmp_path / "runs/python/adapter/adapter_model.safetensors").read_bytes()).hexdigest() == sha256
+        hashlib.sha256(
+            (tmp_path / "runs/python/adapter/adapter_model.safetensors").read_bytes()
+        ).hexdigest()
+        == sha256
     )
     assert said[1] == said[0]
     assert "# python\n" in (tmp_path / "runs" / "python" / "config.yaml").read_text()
 
 
-def test_train_of_the_package_is_the_function_whatever_was_imported_first() -> None:
-    first = "import loop.train, loop; from loop import Config, train; assert train is loop.train and callable(train)"
-    second = "from loop import train; from loop.train import main; import loop; assert loop.train is train"
-    for code in (first, second):
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, check=True)
+def test_importing_the_package_loads_and_changes_nothing() -> None:
+    code = (
+        "import os, signal, sys; before = dict(os.environ), signal.getsignal(signal.SIGINT), {*sys.modules};"
+        "import loop; assert {*sys.modules} - before[2] == {'loop'};"
+        "assert (dict(os.environ), signal.getsignal(signal.SIGINT)) == before[:2]"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)
 
 
 def test_snippet_of_the_audit_map_gives_the_rows_of_a_process() -> None:
     text = (ROOT / "loop" / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     training = np.setdiff1d(np.arange(2508), np.random.RandomState(1).permutation(2508)[:125])
-    names: dict[str, Any] = {"lengths": np.random.RandomState(0).randint(10, 500, 2383), "rows": training}
+    names: dict[str, Any] = {
+        "lengths": np.random.RandomState(0).randint(10, 500, 2383),
+        "rows": training,
+    }
     exec(code, names)
     whole = training[np.random.RandomState([42, 0]).permutation(2383)[37 * 32 : 38 * 32]]
     for part in ("process_1_of_2", "process_1_of_4"):

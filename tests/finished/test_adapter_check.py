@@ -1,4 +1,5 @@
-"""An adapter held against its run, file by file: the one that was trained passes, one changed in anything does not."""
+"""An adapter held against its run, file by file: the one that was trained passes, one changed in
+anything does not."""
 
 import json
 from collections.abc import Callable
@@ -52,7 +53,10 @@ def run_json(trained: Path) -> dict[str, Any]:
 def with_tensors(files: Files, **changed: Tensor | None) -> Files:
     """The files with other tensors; None takes one out."""
     tensors = {**load(files[WEIGHTS]), **changed}
-    return {**files, WEIGHTS: save({name: tensor for name, tensor in tensors.items() if tensor is not None})}
+    return {
+        **files,
+        WEIGHTS: save({name: tensor for name, tensor in tensors.items() if tensor is not None}),
+    }
 
 
 def with_config(files: Files, **changed: Any) -> Files:
@@ -82,12 +86,18 @@ def test_what_a_run_has_trained_passes(files: Files, run_json: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("empty", [None, False, {}, []])
-def test_a_key_of_another_peft_may_be_there_if_it_is_empty(files: Files, run_json: dict[str, Any], empty: Any) -> None:
+def test_a_key_of_another_peft_may_be_there_if_it_is_empty(
+    files: Files, run_json: dict[str, Any], empty: Any
+) -> None:
     check_adapter(with_config(files, a_key_of_2030=empty, peft_version="9.9.9"), run_json)
 
 
 def test_one_lora_b_that_has_moved_is_enough(files: Files, run_json: dict[str, Any]) -> None:
-    zeroed = {name: torch.zeros_like(tensor) for name, tensor in load(files[WEIGHTS]).items() if "lora_B" in name}
+    zeroed = {
+        name: torch.zeros_like(tensor)
+        for name, tensor in load(files[WEIGHTS]).items()
+        if "lora_B" in name
+    }
     check_adapter(with_tensors(files, **{**zeroed, B: with_value((96, 4), 1e-30)}), run_json)
 
 
@@ -120,9 +130,13 @@ def test_every_kind_of_adapter_passes_beside_its_own_run_and_beside_no_other(
 def made(config: Config, commit: str | None) -> tuple[Files, dict[str, Any]]:
     """Files and `run.json`, as far as it is read, of an adapter that is not trained but moved."""
     model = add_adapter(load_base(config, torch.device("cpu")), config)
-    tensors = {name: parameter.detach() + 0.5 for name, parameter in adapter_parameters(model).items()}
+    tensors = {
+        name: parameter.detach() + 0.5 for name, parameter in adapter_parameters(model).items()
+    }
     name = "anna/bloom" if commit else config.model_name_or_path
-    named = Config(model_name_or_path=name, model_revision=commit, dataset_name="none", output_dir="none")
+    named = Config(
+        model_name_or_path=name, model_revision=commit, dataset_name="none", output_dir="none"
+    )
     counted = census(model)
     run = {
         "identity": {**config.knobs("identity"), "lora_target_modules": counted["target_modules"]},
@@ -135,22 +149,33 @@ def made(config: Config, commit: str | None) -> tuple[Files, dict[str, Any]]:
 # Its tensors
 
 
-@pytest.mark.parametrize("kept", [0, 7, 100, -1], ids=["nothing", "half a length", "half a header", "all but a byte"])
+@pytest.mark.parametrize(
+    "kept", [0, 7, 100, -1], ids=["nothing", "half a length", "half a header", "all but a byte"]
+)
 def test_a_truncated_file_is_refused(files: Files, run_json: dict[str, Any], kept: int) -> None:
     said = refused({**files, WEIGHTS: files[WEIGHTS][:kept]}, run_json)
     assert said.startswith("adapter_model.safetensors: not safetensors: ")
 
 
-@pytest.mark.parametrize("content", [b"PK\x03\x04" + bytes(100), b"version https://git-lfs.github.com/spec/v1\n" * 3])
-def test_a_file_that_is_something_else_is_refused(files: Files, run_json: dict[str, Any], content: bytes) -> None:
+@pytest.mark.parametrize(
+    "content", [b"PK\x03\x04" + bytes(100), b"version https://git-lfs.github.com/spec/v1\n" * 3]
+)
+def test_a_file_that_is_something_else_is_refused(
+    files: Files, run_json: dict[str, Any], content: bytes
+) -> None:
     said = refused({**files, WEIGHTS: content}, run_json)
     assert said.startswith("adapter_model.safetensors: not safetensors: ")
 
 
-def test_a_dtype_that_torch_does_not_have_is_refused(files: Files, run_json: dict[str, Any]) -> None:
+def test_a_dtype_that_torch_does_not_have_is_refused(
+    files: Files, run_json: dict[str, Any]
+) -> None:
     header = json.dumps({A: {"dtype": "F4", "shape": [4, 32], "data_offsets": [0, 64]}}).encode()
     content = len(header).to_bytes(8, "little") + header + bytes(64)
-    assert refused({**files, WEIGHTS: content}, run_json) == "adapter_model.safetensors: not safetensors: 'F4'"
+    assert (
+        refused({**files, WEIGHTS: content}, run_json)
+        == "adapter_model.safetensors: not safetensors: 'F4'"
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -167,7 +192,10 @@ def test_a_missing_tensor_is_refused_by_its_name(
     files: Files, run_json: dict[str, Any], name: str, shape: list[int]
 ) -> None:
     said = refused(with_tensors(files, **{name: None}), run_json)
-    assert said == f"adapter_model.safetensors: {name}: found nothing, run.json states [{shape}, 'float32']"
+    assert (
+        said
+        == f"adapter_model.safetensors: {name}: found nothing, run.json states [{shape}, 'float32']"
+    )
 
 
 @pytest.mark.parametrize(
@@ -192,17 +220,25 @@ def test_a_tensor_that_is_no_part_of_an_adapter_is_refused_by_its_name(
     files: Files, run_json: dict[str, Any], name: str
 ) -> None:
     said = refused(with_tensors(files, **{name: torch.ones(4, 32)}), run_json)
-    assert said == f"adapter_model.safetensors: {name} is no tensor of this adapter; a base's weight?"
+    assert (
+        said == f"adapter_model.safetensors: {name} is no tensor of this adapter; a base's weight?"
+    )
 
 
-def test_a_tensor_of_a_layer_that_the_base_does_not_have_is_refused(files: Files, run_json: dict[str, Any]) -> None:
+def test_a_tensor_of_a_layer_that_the_base_does_not_have_is_refused(
+    files: Files, run_json: dict[str, Any]
+) -> None:
     name = A.replace(".h.0.", ".h.2.")
     said = refused(with_tensors(files, **{name: torch.ones(4, 32)}), run_json)
-    assert said == f"adapter_model.safetensors: {name}: found [[4, 32], 'float32'], run.json states nothing"
+    assert (
+        said
+        == f"adapter_model.safetensors: {name}: found [[4, 32], 'float32'], run.json states nothing"
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [(A, [8, 32]), (A, [32, 4]), (A, [32]), (A, []), (B, [96, 8]), (B, [4, 96]), (B, [96])]
+    ("name", "shape"),
+    [(A, [8, 32]), (A, [32, 4]), (A, [32]), (A, []), (B, [96, 8]), (B, [4, 96]), (B, [96])],
 )
 def test_another_rank_is_refused_by_the_tensors_name(
     files: Files, run_json: dict[str, Any], name: str, shape: list[int]
@@ -212,7 +248,8 @@ def test_another_rank_is_refused_by_the_tensors_name(
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "stated"), [(A, [4, 33], "[4, 32]"), (A, [4, 32, 1], "[4, 32]"), (B, [32, 4], "[96, 4]")]
+    ("name", "shape", "stated"),
+    [(A, [4, 33], "[4, 32]"), (A, [4, 32, 1], "[4, 32]"), (B, [32, 4], "[96, 4]")],
 )
 def test_another_width_is_refused_by_the_tensors_name(
     files: Files, run_json: dict[str, Any], name: str, shape: list[int], stated: str
@@ -222,15 +259,27 @@ def test_another_width_is_refused_by_the_tensors_name(
     assert said == f"adapter_model.safetensors: {expected}"
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64", "int32", "bool", "float8_e4m3fn", "float8_e5m2"])
-def test_another_dtype_is_refused_by_the_tensors_name(files: Files, run_json: dict[str, Any], dtype: str) -> None:
-    said = refused(with_tensors(files, **{B: torch.ones(96, 4).to(getattr(torch, dtype))}), run_json)
+@pytest.mark.parametrize(
+    "dtype", ["float16", "bfloat16", "float64", "int32", "bool", "float8_e4m3fn", "float8_e5m2"]
+)
+def test_another_dtype_is_refused_by_the_tensors_name(
+    files: Files, run_json: dict[str, Any], dtype: str
+) -> None:
+    said = refused(
+        with_tensors(files, **{B: torch.ones(96, 4).to(getattr(torch, dtype))}), run_json
+    )
     expected = f"{B}: found [[96, 4], '{dtype}'], run.json states [[96, 4], 'float32']"
     assert said == f"adapter_model.safetensors: {expected}"
 
 
-def test_an_adapter_whose_b_is_zero_everywhere_is_refused(files: Files, run_json: dict[str, Any]) -> None:
-    zeroed = {name: torch.zeros_like(tensor) for name, tensor in load(files[WEIGHTS]).items() if "lora_B" in name}
+def test_an_adapter_whose_b_is_zero_everywhere_is_refused(
+    files: Files, run_json: dict[str, Any]
+) -> None:
+    zeroed = {
+        name: torch.zeros_like(tensor)
+        for name, tensor in load(files[WEIGHTS]).items()
+        if "lora_B" in name
+    }
     said = refused(with_tensors(files, **zeroed), run_json)
     assert said == "adapter_model.safetensors: lora_B is zero everywhere: nothing was trained"
 
@@ -276,8 +325,12 @@ def test_a_config_that_does_not_follow_from_the_run_is_refused_by_the_key(
     assert said == f"adapter_config.json: {key} is {found!r}, the run's is {expected}"
 
 
-@pytest.mark.parametrize("key", ["r", "lora_alpha", "target_modules", "inference_mode", "peft_type", "task_type"])
-def test_a_config_without_a_key_is_refused_by_it(files: Files, run_json: dict[str, Any], key: str) -> None:
+@pytest.mark.parametrize(
+    "key", ["r", "lora_alpha", "target_modules", "inference_mode", "peft_type", "task_type"]
+)
+def test_a_config_without_a_key_is_refused_by_it(
+    files: Files, run_json: dict[str, Any], key: str
+) -> None:
     kept = {name: value for name, value in json.loads(files[CONFIG]).items() if name != key}
     said = refused({**files, CONFIG: json.dumps(kept).encode()}, run_json)
     assert said.startswith(f"adapter_config.json: {key} is None, the run's is ")
@@ -286,9 +339,20 @@ def test_a_config_without_a_key_is_refused_by_it(files: Files, run_json: dict[st
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"r: 4", b"\xff\xfe", b'"text"', b"4", b"null", b"[" * 100_000],
-    ids=["empty", "torn", "YAML", "no UTF-8", "a text", "a number", "null", "deeper than Python goes"],
+    ids=[
+        "empty",
+        "torn",
+        "YAML",
+        "no UTF-8",
+        "a text",
+        "a number",
+        "null",
+        "deeper than Python goes",
+    ],
 )
-def test_a_config_that_is_no_json_object_is_refused(files: Files, run_json: dict[str, Any], content: bytes) -> None:
+def test_a_config_that_is_no_json_object_is_refused(
+    files: Files, run_json: dict[str, Any], content: bytes
+) -> None:
     assert refused({**files, CONFIG: content}, run_json).startswith(
         ("adapter_config.json: not JSON: ", "adapter_config.json: found a ")
     )

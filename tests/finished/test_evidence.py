@@ -1,4 +1,5 @@
-"""What a run has proven, read back from real runs; and each file changed by itself, which has to be noticed."""
+"""What a run has proven, read back from real runs; and each file changed by itself, which has to be
+noticed."""
 
 import json
 import os
@@ -22,13 +23,19 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 @pytest.fixture(scope="module")
 def trained(bloom: Path, ragged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`done`, a run of 6 steps with checkpoints after 3 and 6; and `half`, one with another seed, stopped after 4."""
+    """`done`, a run of 6 steps with checkpoints after 3 and 6; and `half`, one with another seed,
+    stopped after 4."""
     folder = tmp_path_factory.mktemp("trained")
     knobs: dict[str, Any] = {
         "model_name_or_path": bloom, "dataset_name": ragged, "max_length": 128, "micro_batch_tokens": 256,
         "global_batch_size": 8, "max_steps": 6, "learning_rate": 0.03, "lora_r": 4, "eval_fraction": 0.2,
     }  # fmt: skip
-    done = {"output_dir": folder / "done", "save_steps": 3, "eval_steps": 3, "lora_target_modules": "all-linear"}
+    done = {
+        "output_dir": folder / "done",
+        "save_steps": 3,
+        "eval_steps": 3,
+        "lora_target_modules": "all-linear",
+    }
     half = {"output_dir": folder / "half", "save_steps": 2, "stop_after_steps": 4, "seed": 7}
     modules = {"lora_target_modules": "query_key_value,dense"}
     run(flags({**knobs, **done}), folder / "log")
@@ -89,7 +96,10 @@ def test_a_finished_run_is_read_with_everything_that_it_wrote(done: Path) -> Non
     assert evidence.head == run_json["result"]["ledger_head"]
     assert (evidence.run, evidence.run_json) == (run_json, (done / "run.json").read_bytes())
     assert evidence.adapter == adapter_in(done / "adapter")
-    assert sha256(evidence.adapter["adapter_model.safetensors"]).hexdigest() == run_json["result"]["adapter_sha256"]
+    assert (
+        sha256(evidence.adapter["adapter_model.safetensors"]).hexdigest()
+        == run_json["result"]["adapter_sha256"]
+    )
     assert evidence.ledger == (done / "ledger.jsonl").read_bytes()
     # 6 steps, and the held-out loss before the first, after the third and after the last
     assert [(entry["step"], "eval_loss" in entry) for entry in evidence.entries] == [
@@ -101,7 +111,10 @@ def test_a_finished_run_is_read_with_everything_that_it_wrote(done: Path) -> Non
 def test_the_evaluations_are_those_of_the_ledger_and_the_first_is_the_bases(done: Path) -> None:
     evaluations, result = read_evidence(done).evaluations, run_json_of(done)["result"]
     assert [updates for updates, _ in evaluations] == [0, 3, 6]
-    assert (evaluations[0][1], evaluations[-1][1]) == (result["base_eval_loss"], result["eval_loss"])
+    assert (evaluations[0][1], evaluations[-1][1]) == (
+        result["base_eval_loss"],
+        result["eval_loss"],
+    )
     assert evaluations[-1][1] < evaluations[0][1]
 
 
@@ -126,10 +139,15 @@ def test_a_checkpoint_is_read_by_name_with_the_ledger_up_to_its_step(done: Path)
     assert evidence.step == 3
     assert evidence.adapter == adapter_in(asked)
     assert evidence.adapter != adapter_in(done / "adapter")
-    assert (len(evidence.entries), evidence.head) == (manifest["ledger"]["lines"], manifest["ledger"]["head"])
+    assert (len(evidence.entries), evidence.head) == (
+        manifest["ledger"]["lines"],
+        manifest["ledger"]["head"],
+    )
     assert [updates for updates, _ in evidence.evaluations] == [0, 3]
     lines = (done / "ledger.jsonl").read_bytes().splitlines(keepends=True)
-    assert evidence.ledger == b"".join(lines[:5])  # the base's loss, three steps, the loss after them
+    assert evidence.ledger == b"".join(
+        lines[:5]
+    )  # the base's loss, three steps, the loss after them
 
 
 def test_a_checkpoint_of_an_unfinished_run_is_read_by_name(half: Path) -> None:
@@ -140,13 +158,17 @@ def test_a_checkpoint_of_an_unfinished_run_is_read_by_name(half: Path) -> None:
     assert evidence.adapter == adapter_in(half / "checkpoints" / "step-000002")
 
 
-def test_what_is_read_is_the_same_from_the_runs_own_folder(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_read_is_the_same_from_the_runs_own_folder(
+    done: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(done)
     assert read_evidence(Path()).adapter == adapter_in(done / "adapter")
     assert read_evidence(Path("checkpoints/step-000003")).step == 3
 
 
-def test_what_a_checkpoint_has_proven_holds_whatever_became_of_the_finished_adapter(done: Path) -> None:
+def test_what_a_checkpoint_has_proven_holds_whatever_became_of_the_finished_adapter(
+    done: Path,
+) -> None:
     flip_a_byte(done / "adapter" / "adapter_model.safetensors")
     with (done / "ledger.jsonl").open("ab") as ledger:
         ledger.write(b'{"torn')
@@ -205,7 +227,9 @@ def test_the_adapter_of_another_checkpoint_is_refused_with_both_sha256(done: Pat
 
 @pytest.mark.parametrize("asked", ["", "checkpoints/step-000003"])
 @pytest.mark.parametrize("number", [1, 2, 5])
-def test_a_changed_line_of_the_ledger_is_refused_by_its_number(done: Path, asked: str, number: int) -> None:
+def test_a_changed_line_of_the_ledger_is_refused_by_its_number(
+    done: Path, asked: str, number: int
+) -> None:
     lines = (done / "ledger.jsonl").read_text().splitlines(keepends=True)
     lines[number - 1] = re.sub(r'loss":(\d)', r'loss":1\1', lines[number - 1])
     (done / "ledger.jsonl").write_text("".join(lines))
@@ -214,19 +238,31 @@ def test_a_changed_line_of_the_ledger_is_refused_by_its_number(done: Path, asked
 
 
 @pytest.mark.parametrize("change", ["cut", "longer", "empty", "of another run"])
-def test_a_ledger_that_does_not_end_where_the_run_did_is_refused(done: Path, half: Path, change: str) -> None:
+def test_a_ledger_that_does_not_end_where_the_run_did_is_refused(
+    done: Path, half: Path, change: str
+) -> None:
     ledger = done / "ledger.jsonl"
     lines = ledger.read_bytes().splitlines(keepends=True)
     other = (half / "ledger.jsonl").read_bytes()
-    changed = {"cut": lines[:-1], "longer": [*lines, lines[-1]], "empty": [], "of another run": [other]}
+    changed = {
+        "cut": lines[:-1],
+        "longer": [*lines, lines[-1]],
+        "empty": [],
+        "of another run": [other],
+    }
     ledger.write_bytes(b"".join(changed[change]))
     assert refused(done).startswith(f"{ledger}: ")
 
 
-@pytest.mark.parametrize(("key", "value"), [("seed", 43), ("learning_rate", 0.3), ("base_checksum", "00" * 32)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("seed", 43), ("learning_rate", 0.3), ("base_checksum", "00" * 32)]
+)
 def test_a_changed_identity_is_refused(done: Path, key: str, value: object) -> None:
     change_run_json(done, lambda run_json: run_json["identity"].update({key: value}))
-    assert refused(done) == f"{done / 'run.json'}: its identity does not have the sha256 that it states"
+    assert (
+        refused(done)
+        == f"{done / 'run.json'}: its identity does not have the sha256 that it states"
+    )
 
 
 def test_an_identity_changed_together_with_its_sha256_is_refused_by_the_ledger(done: Path) -> None:
@@ -235,7 +271,9 @@ def test_an_identity_changed_together_with_its_sha256_is_refused_by_the_ledger(d
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()
     stated = {"identity": identity, "identity_sha256": sha256(canonical).hexdigest()}
     change_run_json(done, lambda run_json: run_json.update(stated))
-    assert refused(done) == f"{done / 'ledger.jsonl'}: line 1 does not follow from the line before it"
+    assert (
+        refused(done) == f"{done / 'ledger.jsonl'}: line 1 does not follow from the line before it"
+    )
 
 
 @pytest.mark.parametrize(
@@ -248,8 +286,10 @@ def test_an_identity_changed_together_with_its_sha256_is_refused_by_the_ledger(d
         (
             "lora_target_modules",
             "[query_key_value]",
-            "lora_target_modules was ['dense', 'dense_4h_to_h', 'dense_h_to_4h', 'query_key_value'], "
-            "is ['query_key_value']",
+            (
+                "lora_target_modules was ['dense', 'dense_4h_to_h', 'dense_h_to_4h',"
+                " 'query_key_value'], is ['query_key_value']"
+            ),
         ),
     ],
 )
@@ -262,10 +302,19 @@ def test_a_knob_changed_in_the_config_is_refused_with_both_values(
 
 def test_target_modules_given_by_name_are_the_runs_in_any_order(half: Path) -> None:
     asked = half / "checkpoints" / "step-000004"
-    change_line(half / "config.yaml", "lora_target_modules: ", "lora_target_modules: [query_key_value, dense]")
+    change_line(
+        half / "config.yaml",
+        "lora_target_modules: ",
+        "lora_target_modules: [query_key_value, dense]",
+    )
     assert read_evidence(asked).config.lora_target_modules == ("dense", "query_key_value")
-    change_line(half / "config.yaml", "lora_target_modules: ", "lora_target_modules: [query_key_value]")
-    assert "lora_target_modules was ['dense', 'query_key_value'], is ['query_key_value']" in refused(asked)
+    change_line(
+        half / "config.yaml", "lora_target_modules: ", "lora_target_modules: [query_key_value]"
+    )
+    assert (
+        "lora_target_modules was ['dense', 'query_key_value'], is ['query_key_value']"
+        in refused(asked)
+    )
 
 
 def test_a_knob_that_changes_no_number_may_differ(done: Path) -> None:
@@ -287,7 +336,10 @@ def test_a_run_of_an_older_version_is_refused_with_what_it_lacks(
 ) -> None:
     for key in keys:
         change_run_json(done, lambda run_json, key=key: run_json[part].pop(key))
-    assert refused(done) == f"{done / 'run.json'}: has no {said}; an older version of the loop wrote it"
+    assert (
+        refused(done)
+        == f"{done / 'run.json'}: has no {said}; an older version of the loop wrote it"
+    )
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"identity":'])
@@ -328,7 +380,13 @@ def test_a_file_of_the_adapter_that_is_a_link_is_refused_by_its_name(
 
 
 @pytest.mark.parametrize(
-    "name", ["run.json", "ledger.jsonl", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
+    "name",
+    [
+        "run.json",
+        "ledger.jsonl",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+    ],
 )
 def test_a_file_that_is_not_there_is_refused_by_its_name(done: Path, name: str) -> None:
     (done / name).unlink()
@@ -344,7 +402,9 @@ def test_a_name_that_links_to_a_checkpoint_is_refused(done: Path, half: Path) ->
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symlink", "hard link"])
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "adapter_model.safetensors", "manifest.json"]
+)
 def test_a_file_of_a_checkpoint_that_is_a_link_is_refused_by_its_name(
     done: Path, tmp_path: Path, name: str, link: Callable[[Path, Path], None]
 ) -> None:

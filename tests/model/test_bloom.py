@@ -35,14 +35,22 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
-    [(torch.float32, 2e-6), (torch.float64, 1e-6), (torch.bfloat16, 2e-2)],  # transformers' softmax is float32
+    [
+        (torch.float32, 2e-6),
+        (torch.float64, 1e-6),
+        (torch.bfloat16, 2e-2),
+    ],  # transformers' softmax is float32
 )
-def test_hidden_states_are_the_models_own(bloom: Path, dtype: torch.dtype, tolerance: float) -> None:
+def test_hidden_states_are_the_models_own(
+    bloom: Path, dtype: torch.dtype, tolerance: float
+) -> None:
     model = load(bloom, dtype)
     expected = own(model, rows())
     found = ours(model, rows())
     assert found.dtype == dtype
-    assert torch.linalg.vector_norm(found - expected) <= tolerance * torch.linalg.vector_norm(expected)
+    assert torch.linalg.vector_norm(found - expected) <= tolerance * torch.linalg.vector_norm(
+        expected
+    )
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -58,7 +66,9 @@ def test_gradients_of_every_parameter_are_the_models_own(bloom: Path, checkpoint
         found[name] = {key: p.grad for key, p in model.transformer.named_parameters()}
     assert found["ours"].keys() == found["own"].keys()
     for key, expected in found["own"].items():
-        assert torch.linalg.vector_norm(found["ours"][key] - expected) <= 2e-5 * torch.linalg.vector_norm(expected), key
+        assert torch.linalg.vector_norm(
+            found["ours"][key] - expected
+        ) <= 2e-5 * torch.linalg.vector_norm(expected), key
 
 
 def test_no_row_sees_another(bloom: Path) -> None:
@@ -73,7 +83,10 @@ def test_no_row_sees_another(bloom: Path) -> None:
 def test_torchs_gelu_is_blooms() -> None:
     x = torch.linspace(-12, 12, 4001, dtype=torch.float64, requires_grad=True)
     theirs, torchs = BloomGelu()(x), torch.nn.functional.gelu(x, approximate="tanh")
-    (gradient,), (wanted,) = torch.autograd.grad(torchs.sum(), x), torch.autograd.grad(theirs.sum(), x)
+    (gradient,), (wanted,) = (
+        torch.autograd.grad(torchs.sum(), x),
+        torch.autograd.grad(theirs.sum(), x),
+    )
     torch.testing.assert_close(torchs, theirs, rtol=0, atol=1e-8)  # its constants have eight digits
     torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-7)
 
@@ -81,10 +94,14 @@ def test_torchs_gelu_is_blooms() -> None:
 def test_alibi_falls_with_distance_and_hides_the_future() -> None:
     bias = causal_alibi(3, 2, torch.float32, torch.device("cpu"))
     a, b, no = 1 / 16, 1 / 256, -torch.inf  # the slopes of two heads: 2**-4, 2**-8
-    assert bias.tolist() == [[[[0, no, no], [0, a, no], [0, a, 2 * a]], [[0, no, no], [0, b, no], [0, b, 2 * b]]]]
+    assert bias.tolist() == [
+        [[[0, no, no], [0, a, no], [0, a, 2 * a]], [[0, no, no], [0, b, no], [0, b, 2 * b]]]
+    ]
 
 
-@pytest.mark.parametrize("knob", ["hidden_dropout", "attention_dropout", "apply_residual_connection_post_layernorm"])
+@pytest.mark.parametrize(
+    "knob", ["hidden_dropout", "attention_dropout", "apply_residual_connection_post_layernorm"]
+)
 def test_a_bloom_with_what_is_not_written_here_is_not_plain(knob: str) -> None:
     config = bloom_config()
     assert is_plain(BloomForCausalLM(config).transformer)
@@ -104,7 +121,8 @@ def test_with_gradient_checkpointing_each_block_is_computed_once_more(bloom: Pat
 
 
 def test_under_autocast_all_layers_share_one_bias_of_the_dtype_of_attention(bloom: Path) -> None:
-    """Else each layer would keep a copy of its own, as large as the scores that attention does not keep."""
+    """Else each layer would keep a copy of its own, as large as the scores that attention does not
+    keep."""
     model, kept = load(bloom).train(), set[tuple[int, torch.dtype]]()
     batch = collate([Example(row, 0) for row in rows()], True)
     biases = model.config.n_head * 40 * 40  # numbers in one, for a longest row of 40

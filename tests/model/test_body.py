@@ -34,7 +34,10 @@ GROUPED = {**SMALL, "num_key_value_heads": 2, "head_dim": 8}
 def batches(lengths: list[int] = LENGTHS) -> tuple[Batch, Batch]:
     """The same rows padded, and end to end."""
     generator = torch.Generator().manual_seed(0)
-    rows = [Example(torch.randint(4, 384, (length,), generator=generator).tolist(), 0) for length in lengths]
+    rows = [
+        Example(torch.randint(4, 384, (length,), generator=generator).tolist(), 0)
+        for length in lengths
+    ]
     return collate(rows, padding_free=False), collate(rows, padding_free=True)
 
 
@@ -55,10 +58,14 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     }
     if request.param in configs:
         return made(configs[request.param]())
-    return AutoModelForCausalLM.from_pretrained(request.getfixturevalue(request.param), dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(
+        request.getfixturevalue(request.param), dtype=torch.float32
+    )
 
 
-def test_rows_end_to_end_have_the_hidden_states_and_gradients_of_padded_rows(model: PreTrainedModel) -> None:
+def test_rows_end_to_end_have_the_hidden_states_and_gradients_of_padded_rows(
+    model: PreTrainedModel,
+) -> None:
     padded, free = batches()
     assert check_padding_free(model, padded, free, tolerance=1e-5) < 1e-5
     gradients, pulled = [], torch.randn(101, 32, generator=torch.Generator().manual_seed(1))
@@ -67,7 +74,9 @@ def test_rows_end_to_end_have_the_hidden_states_and_gradients_of_padded_rows(mod
         hidden = hidden_states(model, batch, padding_free)
         assert hidden.shape == (101, 32)
         (hidden * pulled).sum().backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        gradients.append(
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        )
     assert gradients[0].keys() == gradients[1].keys()
     for name, expected in gradients[0].items():
         difference = torch.linalg.vector_norm(gradients[1][name] - expected)
@@ -90,7 +99,10 @@ def test_a_sample_is_generated_as_before(model: PreTrainedModel) -> None:
 
     def sample() -> list[int]:
         tokens: list[int] = model.generate(
-            input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=8,
+            do_sample=False,
         )[0].tolist()
         return tokens
 
@@ -101,7 +113,9 @@ def test_a_sample_is_generated_as_before(model: PreTrainedModel) -> None:
 
 NOT_SO: dict[str, Callable[[], Any]] = {
     "a window narrower than a row": lambda: MistralConfig(**GROUPED, sliding_window=8),
-    "another attention than softmax of scores": lambda: Gemma2Config(**GROUPED, attn_logit_softcapping=0.5),
+    "another attention than softmax of scores": lambda: Gemma2Config(
+        **GROUPED, attn_logit_softcapping=0.5
+    ),
     "no attention": lambda: MambaConfig(vocab_size=384, hidden_size=32, num_hidden_layers=2),
 }
 
@@ -118,14 +132,25 @@ def test_a_model_that_cannot_do_without_padding_is_found_and_left_as_it_was(why:
         assert hidden_states(model, padded, padding_free=False).equal(own)
 
 
-def test_a_window_that_a_model_keeps_in_its_mask_alone_is_found_where_a_row_is_one_token_wider() -> None:
-    model = made(Qwen2MoeConfig(**GROUPED, use_sliding_window=True, sliding_window=39, max_window_layers=0))
+def test_a_window_that_a_model_keeps_in_its_mask_alone_is_found_where_a_row_is_one_token_wider() -> (
+    None
+):
+    model = made(
+        Qwen2MoeConfig(**GROUPED, use_sliding_window=True, sliding_window=39, max_window_layers=0)
+    )
     assert check_padding_free(model, *batches([40]), tolerance=5e-2) == math.inf
     assert check_padding_free(model, *batches([39]), tolerance=5e-2) < 1e-5
 
 
 def test_what_leaks_into_a_short_row_behind_a_long_one_is_found_at_the_tolerance_of_bf16() -> None:
-    """LFM2's convolution goes on from one row into the next; a row without one before it is as it was."""
-    model = made(Lfm2Config(**{**GROUPED, "max_position_embeddings": 1024}, layer_types=["conv", "full_attention"]))
-    assert 0.5 < check_padding_free(model, *batches([600, 2]), tolerance=5e-2) < 10  # of the short row, not of both
+    """LFM2's convolution goes on from one row into the next; a row without one before it is as it
+    was."""
+    model = made(
+        Lfm2Config(
+            **{**GROUPED, "max_position_embeddings": 1024}, layer_types=["conv", "full_attention"]
+        )
+    )
+    assert (
+        0.5 < check_padding_free(model, *batches([600, 2]), tolerance=5e-2) < 10
+    )  # of the short row, not of both
     assert check_padding_free(model, *batches([600]), tolerance=5e-2) < 1e-5

@@ -21,7 +21,13 @@ from loop.data.tokenizer import load_tokenizer
 from loop.errors import CheckpointError, ConfigError, HubError
 from loop.model.base import base_config, load_base
 from loop.model.checksum import base_checksum
-from loop.model.lora import adapter_config_json, adapter_parameters, add_adapter, census, restore_adapter
+from loop.model.lora import (
+    adapter_config_json,
+    adapter_parameters,
+    add_adapter,
+    census,
+    restore_adapter,
+)
 from tests.conftest import flags
 from tests.processes import run, start
 
@@ -32,7 +38,9 @@ BLOOM_LINEAR = ["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"]
 PROMPT = torch.arange(4, 24).view(1, 20)
 
 # PEFT's own remark about GPT-2, whose linear modules are transposed; it does what it says.
-conv1d = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`")
+conv1d = pytest.mark.filterwarnings(
+    "ignore:fan_in_fan_out is set to False but the target module is `Conv1D`"
+)
 
 
 def adapted(config: Config) -> PeftModel:
@@ -60,10 +68,13 @@ def disturb(model: PeftModel) -> None:
         ("none", 1024),  # PEFT's default for BLOOM is query_key_value
     ],
 )
-def test_lora_trains_this_many_numbers_of_the_small_bloom(config: Configs, modules: str, trained: int) -> None:
+def test_lora_trains_this_many_numbers_of_the_small_bloom(
+    config: Configs, modules: str, trained: int
+) -> None:
     counted = census(adapted(config(lora_target_modules=modules)))
     assert counted["trained_parameters"] == trained
-    # Embedding 384 x 32 with its norm; a layer has 12,704; the last norm. The tied head is not counted again.
+    # Embedding 384 x 32 with its norm; a layer has 12,704; the last norm. The tied head is not
+    # counted again.
     assert counted["all_parameters"] == trained + 384 * 32 + 64 + 2 * 12704 + 64
 
 
@@ -83,7 +94,9 @@ def test_bloom_7b1_trains_7864320_of_7076880384_numbers(config: Configs) -> None
     with torch.device("meta"):
         base = BloomForCausalLM(shape)
         model = add_adapter(base, config(lora_r=16, lora_target_modules=None))
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 7_864_320  # 30 x 16 x (4,096 + 12,288)
+    assert (
+        sum(p.numel() for p in model.parameters() if p.requires_grad) == 7_864_320
+    )  # 30 x 16 x (4,096 + 12,288)
     assert sum(p.numel() for p in model.parameters()) == 7_076_880_384
     assert model.peft_config["default"].target_modules == ["query_key_value"]
 
@@ -94,8 +107,13 @@ def test_the_adapter_is_float32_on_a_bfloat16_base(config: Configs) -> None:
     assert {dtype for _, dtype in counted["tensors"].values()} == {"float32"}
 
 
-def test_step_0_starts_at_the_base_exactly_and_at_the_same_adapter_for_the_same_seed(config: Configs) -> None:
-    base, model, same, other = load_base(config(), CPU), *(adapted(config(seed=seed)) for seed in (42, 42, 43))
+def test_step_0_starts_at_the_base_exactly_and_at_the_same_adapter_for_the_same_seed(
+    config: Configs,
+) -> None:
+    base, model, same, other = (
+        load_base(config(), CPU),
+        *(adapted(config(seed=seed)) for seed in (42, 42, 43)),
+    )
     assert torch.equal(model.eval()(PROMPT).logits, base.eval()(PROMPT).logits)
     ours, again, different = (adapter_parameters(of) for of in (model, same, other))
     assert all(torch.equal(ours[name], again[name]) for name in ours)
@@ -104,26 +122,40 @@ def test_step_0_starts_at_the_base_exactly_and_at_the_same_adapter_for_the_same_
 
 
 @pytest.mark.parametrize("of", ["bloom", "llama", pytest.param("gpt2", marks=conv1d)])
-def test_all_linear_is_pefts_own_choice(config: Configs, request: pytest.FixtureRequest, of: str) -> None:
+def test_all_linear_is_pefts_own_choice(
+    config: Configs, request: pytest.FixtureRequest, of: str
+) -> None:
     folder = request.getfixturevalue(of)
     ours = adapted(config(model_name_or_path=str(folder)))
     base = AutoModelForCausalLM.from_pretrained(folder)
-    theirs = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
-    trained = [{name for name, p in model.named_parameters() if p.requires_grad} for model in (ours, theirs)]
+    theirs = get_peft_model(
+        base, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    )
+    trained = [
+        {name for name, p in model.named_parameters() if p.requires_grad}
+        for model in (ours, theirs)
+    ]
     assert trained[0] == trained[1]
     assert len(trained[0]) >= 16
 
 
 @pytest.mark.parametrize(
     ("of", "modules"),
-    [("bloom", ["query_key_value"]), pytest.param("gpt2", ["c_attn"], marks=conv1d), ("llama", ["q_proj", "v_proj"])],
+    [
+        ("bloom", ["query_key_value"]),
+        pytest.param("gpt2", ["c_attn"], marks=conv1d),
+        ("llama", ["q_proj", "v_proj"]),
+    ],
 )
 def test_the_default_modules_are_pefts_for_the_architecture(
     config: Configs, request: pytest.FixtureRequest, of: str, modules: list[str]
 ) -> None:
     folder = request.getfixturevalue(of)
     assert (
-        census(adapted(config(model_name_or_path=str(folder), lora_target_modules=None)))["target_modules"] == modules
+        census(adapted(config(model_name_or_path=str(folder), lora_target_modules=None)))[
+            "target_modules"
+        ]
+        == modules
     )
 
 
@@ -163,7 +195,9 @@ def test_an_adapter_that_trains_nothing_is_refused(config: Configs) -> None:
 # What is saved
 
 
-@pytest.mark.parametrize("knobs", [{}, {"use_dora": True}, {"dtype": "bfloat16"}], ids=["LoRA", "DoRA", "bf16 base"])
+@pytest.mark.parametrize(
+    "knobs", [{}, {"use_dora": True}, {"dtype": "bfloat16"}], ids=["LoRA", "DoRA", "bf16 base"]
+)
 def test_saved_names_and_tensors_are_those_of_pefts_own_save(
     config: Configs, tmp_path: Path, knobs: dict[str, Any]
 ) -> None:
@@ -178,14 +212,18 @@ def test_saved_names_and_tensors_are_those_of_pefts_own_save(
         assert torch.equal(parameter, theirs[name]), name
 
 
-@pytest.mark.parametrize("knobs", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["LoRA", "DoRA", "rsLoRA"])
+@pytest.mark.parametrize(
+    "knobs", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["LoRA", "DoRA", "rsLoRA"]
+)
 def test_what_is_saved_loads_with_plain_peft_and_gives_the_same_logits(
     config: Configs, bloom: Path, tmp_path: Path, knobs: dict[str, Any]
 ) -> None:
     model = adapted(config(**knobs)).eval()
     disturb(model)
     (tmp_path / "adapter_config.json").write_bytes(adapter_config_json(model, config(**knobs)))
-    tensors = {name: parameter.detach().clone() for name, parameter in adapter_parameters(model).items()}
+    tensors = {
+        name: parameter.detach().clone() for name, parameter in adapter_parameters(model).items()
+    }
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     base = AutoModelForCausalLM.from_pretrained(bloom)
     untouched = base(PROMPT).logits
@@ -202,15 +240,24 @@ def test_adapter_config_is_pefts_with_sorted_keys_and_modules_and_no_place_of_th
     assert content.decode() == json.dumps(values, indent=2, sort_keys=True) + "\n"
     assert values["target_modules"] == BLOOM_LINEAR
     assert (values["base_model_name_or_path"], values["revision"]) == (None, None)
-    assert not any(str(place) in content.decode() for place in (bloom, bloom.parent, Path.home(), Path.cwd()))
+    assert not any(
+        str(place) in content.decode() for place in (bloom, bloom.parent, Path.home(), Path.cwd())
+    )
     (tmp_path / "adapter_config.json").write_bytes(content)
     loaded = PeftConfig.from_pretrained(tmp_path)
     assert isinstance(loaded, LoraConfig)
-    assert (loaded.r, loaded.lora_alpha, loaded.task_type, loaded.bias) == (4, 32, "CAUSAL_LM", "none")
+    assert (loaded.r, loaded.lora_alpha, loaded.task_type, loaded.bias) == (
+        4,
+        32,
+        "CAUSAL_LM",
+        "none",
+    )
     assert (loaded.target_modules, loaded.inference_mode) == ({*BLOOM_LINEAR}, True)
 
 
-def test_adapter_config_does_not_depend_on_the_order_in_which_modules_are_asked_for(config: Configs) -> None:
+def test_adapter_config_does_not_depend_on_the_order_in_which_modules_are_asked_for(
+    config: Configs,
+) -> None:
     contents = {
         adapter_config_json(adapted(knobs), knobs)
         for order in (BLOOM_LINEAR, BLOOM_LINEAR[::-1], ["all-linear"])
@@ -220,13 +267,22 @@ def test_adapter_config_does_not_depend_on_the_order_in_which_modules_are_asked_
 
 
 @pytest.mark.parametrize(
-    ("knobs", "scale"), [({}, 8.0), ({"use_rslora": True}, 16.0), ({"lora_alpha": 6, "lora_r": 3}, 2.0)]
+    ("knobs", "scale"),
+    [({}, 8.0), ({"use_rslora": True}, 16.0), ({"lora_alpha": 6, "lora_r": 3}, 2.0)],
 )
-def test_the_update_is_scaled_by_alpha_over_r_or_its_root(config: Configs, knobs: dict[str, Any], scale: float) -> None:
+def test_the_update_is_scaled_by_alpha_over_r_or_its_root(
+    config: Configs, knobs: dict[str, Any], scale: float
+) -> None:
     model = adapted(config(**knobs))
-    modules = [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "scaling")]
+    modules = [
+        module
+        for module in model.modules()
+        if hasattr(module, "lora_A") and hasattr(module, "scaling")
+    ]
     assert len(modules) == 8
-    assert {module.scaling["default"] for module in modules} == {scale}  # 32 / 4, 32 / sqrt(4), 6 / 3
+    assert {module.scaling["default"] for module in modules} == {
+        scale
+    }  # 32 / 4, 32 / sqrt(4), 6 / 3
 
 
 @pytest.mark.parametrize("knob", ["use_rslora", "use_dora"])
@@ -250,7 +306,10 @@ def test_variants_of_lora_are_trained_and_named_in_the_finished_adapter(
         (lambda tensors: tensors.pop(QKV.format(0, "A")), "h.0.*lora_A"),
         (lambda tensors: tensors.update(stranger=torch.zeros(1)), "stranger"),
         (lambda tensors: tensors.update({QKV.format(1, "B"): torch.zeros(4, 96)}), "h.1.*lora_B"),
-        (lambda tensors: tensors.update({QKV.format(1, "B"): torch.zeros(96, 4).half()}), "h.1.*lora_B"),
+        (
+            lambda tensors: tensors.update({QKV.format(1, "B"): torch.zeros(96, 4).half()}),
+            "h.1.*lora_B",
+        ),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_by_name_and_nothing_is_copied(
@@ -275,7 +334,9 @@ def test_gradient_checkpointing_runs_every_block_twice_and_moves_no_bit(
     folder = str(request.getfixturevalue(of))
     found = []
     for checkpointing in (False, True):
-        model = adapted(config(model_name_or_path=folder, gradient_checkpointing=checkpointing)).train()
+        model = adapted(
+            config(model_name_or_path=folder, gradient_checkpointing=checkpointing)
+        ).train()
         disturb(model)
         blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == 2)
         calls: list[int] = []
@@ -306,13 +367,17 @@ def checksum_of_plain(base: PreTrainedModel) -> str:
 
 @pytest.fixture(scope="module")
 def model(bloom: Path) -> PeftModel:
-    knobs = Config(model_name_or_path=str(bloom), dataset_name="unused", output_dir="unused", lora_r=2)
+    knobs = Config(
+        model_name_or_path=str(bloom), dataset_name="unused", output_dir="unused", lora_r=2
+    )
     return adapted(knobs)
 
 
 @pytest.mark.parametrize("of", ["bloom", "llama", pytest.param("gpt2", marks=conv1d)])
 @pytest.mark.parametrize(
-    "knobs", [{}, {"lora_target_modules": None, "lora_r": 2}, {"use_dora": True}], ids=["all", "default", "DoRA"]
+    "knobs",
+    [{}, {"lora_target_modules": None, "lora_r": 2}, {"use_dora": True}],
+    ids=["all", "default", "DoRA"],
 )
 def test_base_checksum_is_that_of_the_base_before_any_adapter_was_added(
     config: Configs, request: pytest.FixtureRequest, of: str, knobs: dict[str, Any]
@@ -327,7 +392,9 @@ def test_base_checksum_is_that_of_the_base_before_any_adapter_was_added(
 
 @given(data=st.data())
 @examples(derandomize=True, max_examples=40, deadline=None)
-def test_one_flipped_bit_anywhere_changes_base_checksum(model: PeftModel, data: st.DataObject) -> None:
+def test_one_flipped_bit_anywhere_changes_base_checksum(
+    model: PeftModel, data: st.DataObject
+) -> None:
     before = base_checksum(model)
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     content = frozen[data.draw(st.sampled_from(sorted(frozen)))].data.view(-1).view(torch.uint8)
@@ -341,7 +408,9 @@ def test_one_flipped_bit_anywhere_changes_base_checksum(model: PeftModel, data: 
 
 def test_two_swapped_words_or_tensors_change_base_checksum(model: PeftModel) -> None:
     before = base_checksum(model)
-    first, second = (model.get_base_model().transformer.h[i].self_attention.dense.weight.data for i in (0, 1))
+    first, second = (
+        model.get_base_model().transformer.h[i].self_attention.dense.weight.data for i in (0, 1)
+    )
     words = first.view(-1).view(torch.int64)
     words[[3, 200]] = words[[200, 3]]
     assert base_checksum(model) != before
@@ -360,10 +429,14 @@ def test_another_dtype_is_another_base(config: Configs) -> None:
     assert base_checksum(adapted(config(dtype="bfloat16"))) != base_checksum(adapted(config()))
 
 
-def test_base_config_leaves_out_where_it_lay_and_what_wrote_it(config: Configs, bloom: Path, tmp_path: Path) -> None:
+def test_base_config_leaves_out_where_it_lay_and_what_wrote_it(
+    config: Configs, bloom: Path, tmp_path: Path
+) -> None:
     moved = shutil.copytree(bloom, tmp_path / "moved")
     values = json.loads((moved / "config.json").read_bytes())
-    (moved / "config.json").write_text(json.dumps({**values, "transformers_version": "0", "_name_or_path": "x"}))
+    (moved / "config.json").write_text(
+        json.dumps({**values, "transformers_version": "0", "_name_or_path": "x"})
+    )
     assert base_config(config(model_name_or_path=str(moved))) == base_config(config())
     assert base_config(config())["hidden_size"] == 32
 
@@ -405,15 +478,21 @@ def _without_a_tensor(folder: Path) -> Path:
 def _remote_code(folder: Path) -> Path:
     (folder / "evil.py").write_text(f"open({str(folder.parent / 'canary')!r}, 'w')\n")
     auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
-    return _written("config.json", json.dumps({"model_type": "evil", "auto_map": auto_map}).encode())(folder)
+    return _written(
+        "config.json", json.dumps({"model_type": "evil", "auto_map": auto_map}).encode()
+    )(folder)
 
 
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1000000\n"
+POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1000000\n"
+)
 BAD_BASES: dict[str, Callable[[Path], Path]] = {
     "a text file": _text_file,
     "weights only as .bin": _only_bin,
     "an LFS pointer": _written("model.safetensors", POINTER),
-    "an error page": _written("model.safetensors", b"<!DOCTYPE html><html>503 Service Unavailable</html>"),
+    "an error page": _written(
+        "model.safetensors", b"<!DOCTYPE html><html>503 Service Unavailable</html>"
+    ),
     "an empty file of weights": _written("model.safetensors", b""),
     "truncated weights": _truncated,
     "a tensor is missing": _without_a_tensor,
@@ -437,8 +516,12 @@ def test_a_folder_that_is_no_base_is_refused_in_one_line_with_exit_code_2(
     assert not (tmp_path / "canary").exists()
 
 
-def test_a_folder_without_a_tokenizer_is_refused(config: Configs, bloom: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(bloom, tmp_path / "base", ignore=shutil.ignore_patterns("tokenizer*", "special*"))
+def test_a_folder_without_a_tokenizer_is_refused(
+    config: Configs, bloom: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(
+        bloom, tmp_path / "base", ignore=shutil.ignore_patterns("tokenizer*", "special*")
+    )
     with pytest.raises(ConfigError, match=f"^model_name_or_path: no tokenizer in {folder}: "):
         load_tokenizer(config(model_name_or_path=str(folder)))
 
@@ -462,7 +545,10 @@ def test_a_folder_that_is_not_there_is_refused_and_no_hub_is_asked(
 ) -> None:
     launched = start(flags(settings(model_name_or_path=name)), tmp_path / "log")
     assert launched.wait() == [2], launched.text()
-    said = f"error: model_name_or_path: found no folder {os.path.abspath(name)}; expected one with safetensors\n"
+    said = (
+        f"error: model_name_or_path: found no folder {os.path.abspath(name)}; expected one with"
+        " safetensors\n"
+    )
     assert launched.text() == said
 
 

@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Cohere2Config, CohereConfig, Gemma2Config, GraniteConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    Cohere2Config,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    PreTrainedModel,
+)
 
 import loop.model.loss
 from loop.data.batch import Batch, Example
@@ -25,7 +32,8 @@ def batch_of(lengths: list[int], vocabulary: int = 384, prompt: int = 0) -> Batc
 
 
 def transformers_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The sum that transformers' own loss takes the mean of: labels as inputs, unshifted, padding ignored."""
+    """The sum that transformers' own loss takes the mean of: labels as inputs, unshifted, padding
+    ignored."""
     inputs = padded_inputs(batch)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     mean: Tensor = model(**inputs, labels=labels).loss
@@ -36,7 +44,9 @@ def log_p_of_targets(model: PreTrainedModel, batch: Batch) -> Tensor:
     """From the model's own logits, in float64."""
     logits = batch.grids[0].unpad(model(**padded_inputs(batch)).logits)
     log_p = logits.double().log_softmax(-1)
-    return torch.stack([log_p[place, token] for place, token in zip(batch.target_positions, batch.targets)])
+    return torch.stack(
+        [log_p[place, token] for place, token in zip(batch.target_positions, batch.targets)]
+    )
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -73,7 +83,9 @@ def test_the_loss_and_its_gradients_are_transformers_own_in_any_number_of_chunks
     found, expected = gradients(model, ours), gradients(model, theirs)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert torch.linalg.vector_norm(found[name] - gradient) <= 2e-5 * torch.linalg.vector_norm(gradient), name
+        assert torch.linalg.vector_norm(found[name] - gradient) <= 2e-5 * torch.linalg.vector_norm(
+            gradient
+        ), name
 
 
 @pytest.mark.parametrize("block", [1, 100, 384, 4096])
@@ -89,7 +101,9 @@ def test_the_fused_loss_and_its_gradients_are_transformers_own_in_blocks_of_any_
     found, expected = gradients(model, ours), gradients(model, theirs)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert torch.linalg.vector_norm(found[name] - gradient) <= 2e-5 * torch.linalg.vector_norm(gradient), name
+        assert torch.linalg.vector_norm(found[name] - gradient) <= 2e-5 * torch.linalg.vector_norm(
+            gradient
+        ), name
 
 
 def head_of(dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -100,16 +114,22 @@ def head_of(dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor, Ten
     return hidden.to(dtype).requires_grad_(), weight.to(dtype), bias.to(dtype), targets
 
 
-def exact_loss(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def exact_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
     """The same numbers in float64: hidden states that get a gradient, and the summed loss."""
     hidden = hidden.detach().double().requires_grad_()
     logits = hidden @ weight.double().T + bias.double()
     return hidden, torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, 1000.0])  # uniform, usual, and exp of it would overflow
+@pytest.mark.parametrize(
+    "scale", [0.0, 1.0, 1000.0]
+)  # uniform, usual, and exp of it would overflow
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_the_fused_loss_of_float64_is_exact(scale: float, with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fused_loss_of_float64_is_exact(
+    scale: float, with_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loop.model.loss, "VOCABULARY_BLOCK", 100)
     hidden, weight, bias, targets = head_of(torch.float64, scale)
     logits = hidden @ weight.T + (bias if with_bias else 0)
@@ -118,7 +138,9 @@ def test_the_fused_loss_of_float64_is_exact(scale: float, with_bias: bool, monke
     assert loss.item() == pytest.approx(expected.item(), rel=1e-13)
     (gradient,) = torch.autograd.grad(3 * loss, hidden)
     (wanted,) = torch.autograd.grad(3 * expected, hidden)
-    assert torch.linalg.vector_norm(gradient - wanted) <= 1e-13 * max(1, torch.linalg.vector_norm(wanted))
+    assert torch.linalg.vector_norm(gradient - wanted) <= 1e-13 * max(
+        1, torch.linalg.vector_norm(wanted)
+    )
 
 
 def test_gradient_of_the_fused_loss_is_that_of_its_values() -> None:
@@ -126,7 +148,9 @@ def test_gradient_of_the_fused_loss_is_that_of_its_values() -> None:
     assert torch.autograd.gradcheck(lambda h: fused_loss(h, weight, bias, targets), [hidden])
 
 
-def test_the_fused_loss_of_bfloat16_is_near_to_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fused_loss_of_bfloat16_is_near_to_the_exact_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(loop.model.loss, "VOCABULARY_BLOCK", 100)
     hidden, weight, bias, targets = head_of(torch.bfloat16)
     exact_hidden, exact = exact_loss(hidden, weight, bias, targets)
@@ -139,7 +163,9 @@ def test_the_fused_loss_of_bfloat16_is_near_to_the_exact_one(monkeypatch: pytest
     assert torch.linalg.vector_norm(gradient - wanted) <= 1e-2 * torch.linalg.vector_norm(wanted)
 
 
-@pytest.mark.parametrize(("logit", "most"), [(6, 1.0), (9, 0.1), (12, 0.01)])  # of the target; nats that it costs
+@pytest.mark.parametrize(
+    ("logit", "most"), [(6, 1.0), (9, 0.1), (12, 0.01)]
+)  # of the target; nats that it costs
 def test_the_fused_loss_of_bfloat16_is_as_near_to_the_exact_one_as_transformers_where_targets_are_likely(
     logit: int, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,7 +175,9 @@ def test_the_fused_loss_of_bfloat16_is_as_near_to_the_exact_one_as_transformers_
     hidden = (weight[targets] * logit).requires_grad_()
     exact_hidden, exact = exact_loss(hidden, weight, bias, targets)
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    theirs = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")  # as transformers computes it
+    theirs = torch.nn.functional.cross_entropy(
+        logits.float(), targets, reduction="sum"
+    )  # as transformers computes it
     ours = fused_loss(hidden, weight, bias, targets)
     assert ours.dtype == torch.float32
     assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
@@ -165,7 +193,9 @@ def test_the_fused_loss_of_bfloat16_is_as_near_to_the_exact_one_as_transformers_
 def test_the_fused_loss_of_what_is_not_finite_is_not_finite(bad: float) -> None:
     hidden, weight, bias, targets = head_of(torch.float32)
     assert not fused_loss(hidden * bad, weight, bias, targets).isfinite()
-    assert not fused_loss(hidden, weight.index_fill(0, torch.tensor([5]), bad), bias, targets).isfinite()
+    assert not fused_loss(
+        hidden, weight.index_fill(0, torch.tensor([5]), bad), bias, targets
+    ).isfinite()
 
 
 class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
@@ -175,15 +205,22 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        made = [tensor for tensor in torch.utils._pytree.tree_leaves(out) if isinstance(tensor, Tensor)]
+        made = [
+            tensor for tensor in torch.utils._pytree.tree_leaves(out) if isinstance(tensor, Tensor)
+        ]
         self.elements = max([self.elements, *(tensor.numel() for tensor in made)])
         return out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("with_gradient", [True, False])
-def test_no_tensor_of_tokens_times_vocabulary_is_ever_made(dtype: torch.dtype, with_gradient: bool) -> None:
-    hidden, weight = torch.randn(64, 8, dtype=dtype, requires_grad=True), torch.randn(20_000, 8, dtype=dtype)
+def test_no_tensor_of_tokens_times_vocabulary_is_ever_made(
+    dtype: torch.dtype, with_gradient: bool
+) -> None:
+    hidden, weight = (
+        torch.randn(64, 8, dtype=dtype, requires_grad=True),
+        torch.randn(20_000, 8, dtype=dtype),
+    )
     targets = torch.randint(0, 20_000, (64,))
     with LargestTensor() as seen, torch.set_grad_enabled(with_gradient):
         loss = fused_loss(hidden, weight, None, targets)
@@ -218,11 +255,15 @@ def test_the_logits_of_one_block_only_are_alive_at_once() -> None:
     assert seen.most == 1
 
 
-def test_without_gradients_the_fused_loss_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_gradients_the_fused_loss_computes_no_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     hidden, weight, bias, targets = head_of(torch.float32)
     products: list[str] = []
     usual = Tensor.__matmul__
-    monkeypatch.setattr(Tensor, "__matmul__", lambda a, b: products.append("product") or usual(a, b))
+    monkeypatch.setattr(
+        Tensor, "__matmul__", lambda a, b: products.append("product") or usual(a, b)
+    )
     with torch.no_grad():
         evaluated = fused_loss(hidden, weight, bias, targets)
     assert products == []
@@ -234,7 +275,9 @@ def test_a_head_that_is_trained_or_not_plain_keeps_its_gradient(bloom: Path) -> 
     model, batch = load(bloom), batch_of(LENGTHS)
     assert "lm_head.weight" in dict(model.named_parameters(remove_duplicate=False))
     found = gradients(model, SummedLoss(model, model)(batch))["transformer.word_embeddings.weight"]
-    expected = gradients(model, transformers_loss(model, batch))["transformer.word_embeddings.weight"]
+    expected = gradients(model, transformers_loss(model, batch))[
+        "transformer.word_embeddings.weight"
+    ]
     assert torch.linalg.vector_norm(found - expected) <= 2e-5 * torch.linalg.vector_norm(expected)
 
 
@@ -327,12 +370,16 @@ def test_in_chunks_the_logits_of_no_more_targets_than_a_chunk_are_ever_asked_for
 ) -> None:
     monkeypatch.setattr(loop.model.loss, "CHUNK_TARGETS", 16)
     model, rows = load(folder), []
-    model.get_output_embeddings().register_forward_hook(lambda head, given, logits: rows.append(logits.shape[0]))
+    model.get_output_embeddings().register_forward_hook(
+        lambda head, given, logits: rows.append(logits.shape[0])
+    )
     loss = loss_by("chunks", model)(batch_of(LENGTHS))
     assert rows == [16, 16, 16, 16, 16, 6]
     assert sum(rows) == TARGETS
     loss.backward()
-    assert sorted(rows) == sorted([16, 16, 16, 16, 16, 6] * 2)  # computed again in backward rather than kept
+    assert sorted(rows) == sorted(
+        [16, 16, 16, 16, 16, 6] * 2
+    )  # computed again in backward rather than kept
 
 
 def test_the_model_is_registered_once_and_owns_all_parameters(bloom: Path) -> None:
@@ -369,7 +416,9 @@ def test_scaled_or_capped_logits_are_found_and_the_models_own_loss_used(name: st
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(SCALED[name]()).eval()
     for parameter in model.parameters():
-        parameter.data.mul_(10)  # random logits are near 0, where scaling and capping would not show
+        parameter.data.mul_(
+            10
+        )  # random logits are near 0, where scaling and capping would not show
     loss, batch = SummedLoss(model, model), batch_of(LENGTHS)
     theirs = transformers_loss(model, batch).item()
     assert loss(batch).item() != pytest.approx(theirs, rel=0.01)  # silently wrong without the check

@@ -1,4 +1,5 @@
-"""Bases in 4 and 8 bits: what is quantised, that they train and resume as any base does, and the trap on the CPU."""
+"""Bases in 4 and 8 bits: what is quantised, that they train and resume as any base does, and the
+trap on the CPU."""
 
 import itertools
 import json
@@ -14,7 +15,13 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    PreTrainedModel,
+)
 
 from loop.config.knobs import Config
 from loop.model.base import load_base
@@ -46,7 +53,10 @@ CPU = torch.device("cpu")
 FAMILIES, BITS = ("bloom", "llama"), (4, 8)
 KILLED = [("llama", 4), ("bloom", 8)]
 FOUR = BitsAndBytesConfig(
-    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.float32,
 )
 EIGHT = BitsAndBytesConfig(load_in_8bit=True)
 LINEAR = {"bloom": 4 * 2, "llama": 7 * 2}  # linear modules beside the head
@@ -86,8 +96,9 @@ def knobs(bases: dict[str, Path], ragged: Path) -> Settings:
 def runs(knobs: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same eight steps of each family in 4 and in 8 bits, in five ways.
 
-    `straight`; `checkpointed`: with gradient checkpointing; `parted`: ended after three steps and started again;
-    `two`: on two processes; `killed`, in two cases: with SIGKILL once it has saved three steps, and started again."""
+    `straight`; `checkpointed`: with gradient checkpointing; `parted`: ended after three steps and
+    started again; `two`: on two processes; `killed`, in two cases: with SIGKILL once it has saved
+    three steps, and started again."""
     folder = tmp_path_factory.mktemp("runs")
 
     def go(family: str, bits: int, way: str, processes: int = 1, **changed: Any) -> Launched:
@@ -102,22 +113,30 @@ def runs(knobs: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for family, bits in itertools.product(FAMILIES, BITS):
         succeed(go(family, bits, "straight"), go(family, bits, "parted", stop_after_steps=3))
         assert not (folder / f"{family}-{bits}-parted" / "adapter").exists()
-        succeed(go(family, bits, "checkpointed", gradient_checkpointing=True), go(family, bits, "parted"))
+        succeed(
+            go(family, bits, "checkpointed", gradient_checkpointing=True),
+            go(family, bits, "parted"),
+        )
         succeed(go(family, bits, "two", processes=2))
     for family, bits in KILLED:
         killed = go(family, bits, "killed")
         saved = folder / f"{family}-{bits}-killed" / "checkpoints" / "step-000003"
         assert wait_until(saved.exists, killed), killed.text()
         killed.kill()
-        assert not (folder / f"{family}-{bits}-killed" / "adapter").exists(), "the run ended before it was killed"
+        assert not (folder / f"{family}-{bits}-killed" / "adapter").exists(), (
+            "the run ended before it was killed"
+        )
     succeed(*(go(family, bits, "killed") for family, bits in KILLED))
     return folder
 
 
 def load_plainly(base: Path, bits: int) -> PreTrainedModel:
-    """The quantised base as a user of transformers loads it, without this project; its gradients kept."""
+    """The quantised base as a user of transformers loads it, without this project; its gradients
+    kept."""
     config = FOUR if bits == 4 else EIGHT
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, device_map="cpu")
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=config, device_map="cpu"
+    )
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
@@ -134,14 +153,19 @@ def test_every_linear_module_but_the_head_is_nf4_with_double_quantisation_and_pr
 ) -> None:
     base = load_base(Config(**knobs(family, 4, tmp_path, dtype=dtype)), CPU)
     head = base.get_output_embeddings()
-    linear = [module for module in base.modules() if isinstance(module, nn.Linear) and module is not head]
+    linear = [
+        module for module in base.modules() if isinstance(module, nn.Linear) and module is not head
+    ]
     assert len(linear) == LINEAR[family]
     for module in linear:
         assert isinstance(module, Linear4bit)
         assert module.compute_dtype == getattr(torch, dtype)
         state = module.weight.quant_state
         assert (state.quant_type, state.blocksize, state.nested) == ("nf4", 64, True)
-        assert (state.state2.blocksize, state.absmax.dtype) == (256, torch.uint8)  # the scales are quantised too
+        assert (state.state2.blocksize, state.absmax.dtype) == (
+            256,
+            torch.uint8,
+        )  # the scales are quantised too
         assert module.weight.dtype == torch.uint8
         assert module.weight.numel() * 2 == module.in_features * module.out_features
     rest = [p for p in base.parameters() if not isinstance(p, type(linear[0].weight))]
@@ -155,11 +179,17 @@ def test_every_linear_module_but_the_head_is_int8_with_outliers_kept_apart(
 ) -> None:
     base = load_base(Config(**knobs(family, 8, tmp_path)), CPU)
     head = base.get_output_embeddings()
-    linear = [module for module in base.modules() if isinstance(module, nn.Linear) and module is not head]
+    linear = [
+        module for module in base.modules() if isinstance(module, nn.Linear) and module is not head
+    ]
     assert len(linear) == LINEAR[family]
     for module in linear:
         assert isinstance(module, Linear8bitLt)
-        assert (module.weight.dtype, module.state.threshold, module.state.has_fp16_weights) == (torch.int8, 6.0, False)
+        assert (module.weight.dtype, module.state.threshold, module.state.has_fp16_weights) == (
+            torch.int8,
+            6.0,
+            False,
+        )
     assert type(head) is nn.Linear
 
 
@@ -252,13 +282,20 @@ def test_ended_early_or_killed_and_resumed_or_with_gradient_checkpointing_it_is_
 
 
 @pytest.mark.runs
-@pytest.mark.parametrize(("bits", "held_out"), [(4, 1e-5), (8, 1e-3)])  # int8 keeps outliers apart batch by batch
+@pytest.mark.parametrize(
+    ("bits", "held_out"), [(4, 1e-5), (8, 1e-3)]
+)  # int8 keeps outliers apart batch by batch
 @pytest.mark.parametrize("family", FAMILIES)
-def test_two_processes_have_the_same_rows_and_losses(runs: Path, family: str, bits: int, held_out: float) -> None:
+def test_two_processes_have_the_same_rows_and_losses(
+    runs: Path, family: str, bits: int, held_out: float
+) -> None:
     one, two = (ledger(runs / f"{family}-{bits}-{way}") for way in ("straight", "two"))
     assert [line.get("rows") for line in one] == [line.get("rows") for line in two]
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(one, two) if "loss" in a) < 1e-5
-    assert max(abs(a["eval_loss"] - b["eval_loss"]) for a, b in zip(one, two) if "eval_loss" in a) < held_out
+    assert (
+        max(abs(a["eval_loss"] - b["eval_loss"]) for a, b in zip(one, two) if "eval_loss" in a)
+        < held_out
+    )
 
 
 @pytest.mark.runs
@@ -305,11 +342,16 @@ def test_bf16_autocast_on_a_quantised_base_trains_a_float32_adapter_and_leaves_t
     manifest = json.loads((tmp_path / "run" / "run.json").read_bytes())
     assert manifest["census"]["base_dtypes"] == [dtype, {4: "nf4", 8: "int8"}[bits]]
     checksum = manifest["identity"]["base_checksum"]
-    assert f"base     checksum {checksum[:12]} before and after: not one byte has changed\n" in launched.text()
+    assert (
+        f"base     checksum {checksum[:12]} before and after: not one byte has changed\n"
+        in launched.text()
+    )
 
 
 @pytest.mark.runs
-def test_dora_on_an_int8_base_is_refused_with_2_and_one_sentence(knobs: Settings, tmp_path: Path) -> None:
+def test_dora_on_an_int8_base_is_refused_with_2_and_one_sentence(
+    knobs: Settings, tmp_path: Path
+) -> None:
     launched = start(flags(knobs("llama", 8, tmp_path / "run", use_dora=True)), tmp_path / "log")
     assert launched.wait() == [2], launched.text()
     assert len(launched.text().splitlines()) == 1
@@ -321,7 +363,8 @@ def test_dora_on_an_int8_base_is_refused_with_2_and_one_sentence(knobs: Settings
 
 
 def dequantised(base: Path, bits: int, folder: Path) -> Path:
-    """The quantised base written out as a plain float32 model, by bitsandbytes' own table or the formula of int8."""
+    """The quantised base written out as a plain float32 model, by bitsandbytes' own table or the
+    formula of int8."""
     quantised = load_plainly(base, bits)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     moved = 0
@@ -344,13 +387,22 @@ def dequantised(base: Path, bits: int, folder: Path) -> Path:
 
 
 @pytest.mark.runs
-@pytest.mark.parametrize(("bits", "variant"), [(4, {}), (8, {}), (4, {"use_dora": True})], ids=["4", "8", "4 DoRA"])
+@pytest.mark.parametrize(
+    ("bits", "variant"), [(4, {}), (8, {}), (4, {"use_dora": True})], ids=["4", "8", "4 DoRA"]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_of_a_step_is_that_of_transformers_own_loss_on_the_dequantised_weights(
-    knobs: Settings, bases: dict[str, Path], tmp_path: Path, family: str, bits: int, variant: dict[str, bool]
+    knobs: Settings,
+    bases: dict[str, Path],
+    tmp_path: Path,
+    family: str,
+    bits: int,
+    variant: dict[str, bool],
 ) -> None:
     folder = tmp_path / "run"
-    used = knobs(family, bits, folder, max_steps=2, adam_beta1=0, max_grad_norm=0, eval_fraction=0, **variant)
+    used = knobs(
+        family, bits, folder, max_steps=2, adam_beta1=0, max_grad_norm=0, eval_fraction=0, **variant
+    )
     train(Config(**used))
     second = step_lines(folder)[1]
     # With adam_beta1 0 AdamW's first moment is the gradient itself.
@@ -360,7 +412,10 @@ def test_gradient_of_a_step_is_that_of_transformers_own_loss_on_the_dequantised_
         for name, tensor in tensors.items()
         if name.endswith(".exp_avg")
     }
-    plain = {**used, "model_name_or_path": str(dequantised(bases[family], bits, tmp_path / "plain"))}
+    plain = {
+        **used,
+        "model_name_or_path": str(dequantised(bases[family], bits, tmp_path / "plain")),
+    }
     adapter = folder / "checkpoints" / "step-000001"
     reference = reference_gradient(plain, adapter, second["rows"], torch.float64)
     assert relative_difference(found, reference) < 5e-6
@@ -369,7 +424,9 @@ def test_gradient_of_a_step_is_that_of_transformers_own_loss_on_the_dequantised_
 
 
 @pytest.mark.runs
-@pytest.mark.parametrize(("bits", "tolerance"), [(4, 1e-5), (8, 1e-2)])  # int8 keeps outliers apart batch by batch
+@pytest.mark.parametrize(
+    ("bits", "tolerance"), [(4, 1e-5), (8, 1e-2)]
+)  # int8 keeps outliers apart batch by batch
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_adapter_loads_with_peft_on_the_same_quantised_base_and_gives_the_reported_held_out_loss(
     runs: Path, bases: dict[str, Path], ragged: Path, family: str, bits: int, tolerance: float
@@ -382,19 +439,29 @@ def test_the_adapter_loads_with_peft_on_the_same_quantised_base_and_gives_the_re
     base = load_plainly(bases[family], bits)
 
     heldout = [texts(ragged)[row] for row in sorted(set(range(40)) - trained_on)]
-    assert transformers_loss(base.eval(), tokenizer, heldout) == pytest.approx(evaluations[0], rel=tolerance)
+    assert transformers_loss(base.eval(), tokenizer, heldout) == pytest.approx(
+        evaluations[0], rel=tolerance
+    )
     adapted = PeftModel.from_pretrained(base, str(folder / "adapter")).eval()
-    assert transformers_loss(adapted, tokenizer, heldout) == pytest.approx(evaluations[-1], rel=tolerance)
+    assert transformers_loss(adapted, tokenizer, heldout) == pytest.approx(
+        evaluations[-1], rel=tolerance
+    )
 
 
 # The trap: on processors with avx512_bf16 a forward without gradients repacks nf4 weights
 
-packs = pytest.mark.skipif(not has_avx512bf16(), reason="this processor has no avx512_bf16: nothing is repacked")
-silent = pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit. an autograd kernel was not registered:UserWarning")
+packs = pytest.mark.skipif(
+    not has_avx512bf16(), reason="this processor has no avx512_bf16: nothing is repacked"
+)
+silent = pytest.mark.filterwarnings(
+    "ignore:bitsandbytes..gemv_4bit. an autograd kernel was not registered:UserWarning"
+)
 PROMPT = torch.arange(4, 24).view(1, 20)
 
 
-def gradients_around_an_evaluation(model: PeftModel) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
+def gradients_around_an_evaluation(
+    model: PeftModel,
+) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
     """Of each adapter tensor before and after one forward without gradients."""
     found = []
     for _ in range(2):
@@ -402,7 +469,9 @@ def gradients_around_an_evaluation(model: PeftModel) -> tuple[dict[str, Tensor |
         loss = model.train()(input_ids=PROMPT, use_cache=False).logits.logsumexp(-1).sum()
         if loss.requires_grad:
             loss.backward()
-        found.append({name: parameter.grad for name, parameter in adapter_parameters(model).items()})
+        found.append(
+            {name: parameter.grad for name, parameter in adapter_parameters(model).items()}
+        )
         with torch.no_grad():
             model.eval()(input_ids=PROMPT, use_cache=False)
     return found[0], found[1]
@@ -415,7 +484,9 @@ def naive(knobs: Settings, bases: dict[str, Path], tmp_path: Path) -> Callable[.
     def of(family: str, modules: str) -> PeftModel:
         used = Config(**knobs(family, 4, tmp_path, lora_target_modules=modules))
         asked = quantization_config(4, torch.float32)
-        base = AutoModelForCausalLM.from_pretrained(bases[family], quantization_config=asked, device_map="cpu")
+        base = AutoModelForCausalLM.from_pretrained(
+            bases[family], quantization_config=asked, device_map="cpu"
+        )
         model = add_adapter(base, used)
         for name, parameter in adapter_parameters(model).items():
             parameter.data += 0.1 * ("lora_B" in name)
@@ -426,7 +497,9 @@ def naive(knobs: Settings, bases: dict[str, Path], tmp_path: Path) -> Callable[.
 
 @packs
 @silent
-def test_without_keep_trainable_an_evaluation_ends_every_gradient_of_a_llama(naive: Callable[..., PeftModel]) -> None:
+def test_without_keep_trainable_an_evaluation_ends_every_gradient_of_a_llama(
+    naive: Callable[..., PeftModel],
+) -> None:
     before, after = gradients_around_an_evaluation(naive("llama", "q_proj,v_proj"))
     assert all(gradient is not None for gradient in before.values())
     assert all(gradient is None for gradient in after.values())
@@ -438,21 +511,30 @@ def test_without_keep_trainable_an_evaluation_makes_the_gradients_of_a_llama_wro
     naive: Callable[..., PeftModel],
 ) -> None:
     before, after = gradients_around_an_evaluation(naive("llama", "all-linear"))
-    assert all(gradient is not None for gradient in after.values())  # through the adapters beside the frozen weights
+    assert all(
+        gradient is not None for gradient in after.values()
+    )  # through the adapters beside the frozen weights
     off = [(after[name] - before[name]).norm() / before[name].norm() for name in before]
     assert max(off) > 0.3
 
 
 @packs
 @silent
-def test_without_keep_trainable_a_bloom_cannot_be_trained_after_an_evaluation(naive: Callable[..., PeftModel]) -> None:
+def test_without_keep_trainable_a_bloom_cannot_be_trained_after_an_evaluation(
+    naive: Callable[..., PeftModel],
+) -> None:
     with pytest.raises(RuntimeError, match="a view of a leaf Variable that requires grad"):
         gradients_around_an_evaluation(naive("bloom", "query_key_value"))
 
 
 @pytest.mark.parametrize(
     ("family", "modules"),
-    [("llama", "q_proj,v_proj"), ("llama", "all-linear"), ("bloom", "query_key_value"), ("bloom", "all-linear")],
+    [
+        ("llama", "q_proj,v_proj"),
+        ("llama", "all-linear"),
+        ("bloom", "query_key_value"),
+        ("bloom", "all-linear"),
+    ],
 )
 def test_with_keep_trainable_an_evaluation_changes_no_bit_of_the_gradients(
     naive: Callable[..., PeftModel], family: str, modules: str

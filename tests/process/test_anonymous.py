@@ -32,9 +32,16 @@ def test_both_switches_are_on_within_and_as_they_were_behind_also_after_an_error
 ) -> None:
     for name in SWITCHES:
         monkeypatch.setattr(constants, name, before)
-    with pytest.raises(KeyError), anonymous():
-        assert [getattr(constants, name) for name in SWITCHES] == [True, True]
+    within: list[bool] = []
+
+    @anonymous()
+    def fail() -> None:
+        within.extend(getattr(constants, name) for name in SWITCHES)
         raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert within == [True, True]
     assert [getattr(constants, name) for name in SWITCHES] == [before, before]
 
 
@@ -47,7 +54,9 @@ def test_training_in_a_notebook_sends_no_token_and_leaves_the_users_own_calls_th
     hub.put_model("owner/base", bloom)
     hub.put_dataset("owner/rows", {"train.jsonl": ragged.read_bytes()})
     removed = {"HF_HUB_OFFLINE", *SWITCHES}
-    place: dict[str, Any] = {name: value for name, value in os.environ.items() if name not in removed}
+    place: dict[str, Any] = {
+        name: value for name, value in os.environ.items() if name not in removed
+    }
     place |= {"HF_TOKEN": token, "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": HUB_URL}
     with serving(hub):
         words = [sys.executable, "-c", NOTEBOOK, str(tmp_path / "run")]

@@ -10,7 +10,15 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from loop.config.knobs import Config
-from loop.errors import CheckpointError, ConfigError, DataError, EnvironmentFault, HubError, LoopError, NonFiniteError
+from loop.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    EnvironmentFault,
+    HubError,
+    LoopError,
+    NonFiniteError,
+)
 from loop.process.command import run_command
 from loop.process.launch import make_accelerator
 from tests.conftest import flags
@@ -32,7 +40,9 @@ def raising(error: BaseException) -> Callable[[], None]:
 
 
 def test_there_are_launch_configs() -> None:
-    assert {"cpu.yaml", "cpu_2.yaml", "one_gpu.yaml", "multi_gpu.yaml"} <= {path.name for path in LAUNCH_FILES}
+    assert {"cpu.yaml", "cpu_2.yaml", "one_gpu.yaml", "multi_gpu.yaml"} <= {
+        path.name for path in LAUNCH_FILES
+    }
 
 
 @pytest.mark.parametrize("path", LAUNCH_FILES, ids=lambda path: path.name)
@@ -65,9 +75,14 @@ def test_no_knob_of_the_run_stands_in_a_launch_config(path: Path) -> None:
 def test_a_precision_that_is_not_kept_is_refused_with_both_values(
     settings: Settings, tmp_path: Path, precision: str
 ) -> None:
-    launched = start(flags(settings()), tmp_path / "log", environment={"ACCELERATE_MIXED_PRECISION": precision})
+    launched = start(
+        flags(settings()), tmp_path / "log", environment={"ACCELERATE_MIXED_PRECISION": precision}
+    )
     assert launched.wait() == [2], launched.text()
-    said = f"error: mixed_precision: found {precision} in the launch config, expected no, bf16 or fp16\n"
+    said = (
+        f"error: mixed_precision: found {precision} in the launch config, expected no, bf16 or"
+        " fp16\n"
+    )
     assert launched.text().endswith(said)
     assert "Traceback" not in launched.text()
     assert not (tmp_path / "run").exists()
@@ -88,7 +103,11 @@ def test_a_precision_that_is_not_kept_is_refused_with_both_values(
     ids=["precision", "accumulation", "dynamo", "processes"],
 )
 def test_a_launch_config_that_would_do_something_else_than_asked_is_refused(
-    settings: Settings, tmp_path: Path, environment: dict[str, str], knobs: dict[str, Any], named: str
+    settings: Settings,
+    tmp_path: Path,
+    environment: dict[str, str],
+    knobs: dict[str, Any],
+    named: str,
 ) -> None:
     launched = start(flags(settings(**knobs)), tmp_path / "log", environment=environment)
     assert launched.wait() == [2], launched.text()
@@ -152,16 +171,24 @@ def test_an_interruption_is_130_and_says_how_to_go_on(capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=["of the GPU", "of the machine"]
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()],
+    ids=["of the GPU", "of the machine"],
 )
-def test_memory_that_ran_out_is_5_and_names_the_knobs(capsys: pytest.CaptureFixture[str], error: BaseException) -> None:
+def test_memory_that_ran_out_is_5_and_names_the_knobs(
+    capsys: pytest.CaptureFixture[str], error: BaseException
+) -> None:
     assert run_command(raising(error)) == 5
     found = capsys.readouterr().err
     assert found.startswith("error: out of ")
-    assert all(knob in found for knob in ("micro_batch_tokens", "max_length", "gradient_checkpointing"))
+    assert all(
+        knob in found for knob in ("micro_batch_tokens", "max_length", "gradient_checkpointing")
+    )
 
 
-@pytest.mark.parametrize("error", [ValueError("unforeseen"), AssertionError("unforeseen"), KeyError("unforeseen")])
+@pytest.mark.parametrize(
+    "error", [ValueError("unforeseen"), AssertionError("unforeseen"), KeyError("unforeseen")]
+)
 def test_a_bug_is_1_with_its_traceback_and_still_one_last_line(
     capsys: pytest.CaptureFixture[str], error: BaseException
 ) -> None:
@@ -172,7 +199,9 @@ def test_a_bug_is_1_with_its_traceback_and_still_one_last_line(
     assert "unforeseen" in lines[-1]
 
 
-def test_debug_shows_the_traceback_of_an_error_of_ours_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_debug_shows_the_traceback_of_an_error_of_ours_too(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert run_command(raising(ConfigError("knob: found 1")), debug=True) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "Traceback (most recent call last):"
@@ -189,7 +218,9 @@ def test_of_several_processes_only_the_first_says_what_all_of_them_met(
     assert capsys.readouterr().err.endswith("error: a bug of this program: ValueError: only here\n")
 
 
-@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits the files of another process")
+@pytest.mark.skipif(
+    not hasattr(resource, "prlimit"), reason="only Linux limits the files of another process"
+)
 @pytest.mark.parametrize(
     ("limit", "save_steps"),
     [(3_000, 40), (9_000, 40), (20_000, 1)],
@@ -199,8 +230,13 @@ def test_a_disk_that_fills_up_ends_the_run_with_5_and_one_line(
     settings: Settings, tmp_path: Path, limit: int, save_steps: int
 ) -> None:
     knobs = settings(max_steps=40, save_steps=save_steps)
-    before = start(flags({**knobs, "output_dir": tmp_path / "before", "stop_after_steps": 1}), tmp_path / "before.log")
-    assert before.wait() == [0], before.text()  # so that the rows lie tokenised in the library's cache
+    before = start(
+        flags({**knobs, "output_dir": tmp_path / "before", "stop_after_steps": 1}),
+        tmp_path / "before.log",
+    )
+    assert before.wait() == [0], (
+        before.text()
+    )  # so that the rows lie tokenised in the library's cache
     launched = start(flags(knobs), tmp_path / "log")
     (process,) = launched.processes
     resource.prlimit(process.pid or 0, resource.RLIMIT_FSIZE, (limit, limit))  # it is still loading
@@ -216,7 +252,9 @@ def test_an_output_dir_that_cannot_be_written_is_refused_before_the_model_is_loa
     settings: Settings, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
-    knobs = settings(output_dir=tmp_path / "file" / "run", model_name_or_path="nobody/no-such-model")
+    knobs = settings(
+        output_dir=tmp_path / "file" / "run", model_name_or_path="nobody/no-such-model"
+    )
     launched = start(flags(knobs), tmp_path / "log")
     assert launched.wait() == [5], launched.text()  # 6 if it had looked for the model first
     assert launched.text().startswith(f"error: output_dir: {tmp_path}{os.sep}file")
@@ -224,6 +262,8 @@ def test_an_output_dir_that_cannot_be_written_is_refused_before_the_model_is_loa
 
 
 def test_a_bug_of_ours_in_a_real_run_is_not_hidden(settings: Settings, tmp_path: Path) -> None:
-    launched = start(flags(settings()), tmp_path / "log", environment={"WORLD_SIZE": "not a number"})
+    launched = start(
+        flags(settings()), tmp_path / "log", environment={"WORLD_SIZE": "not a number"}
+    )
     assert launched.wait() == [1], launched.text()
     assert "Traceback" in launched.text()

@@ -53,7 +53,9 @@ def test_what_is_raised_for_a_petabyte_means_too_little_memory(name: str) -> Non
 
 
 def test_what_torch_raises_for_the_memory_of_a_gpu_means_too_little_memory() -> None:
-    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."))
+    assert is_out_of_memory(
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -77,7 +79,8 @@ def test_a_real_allocation_that_fails_ends_a_command_with_5_and_one_line_with_th
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     assert float(found[1]) == pytest.approx(peak_memory(device) / 2**30, abs=0.06)
     assert all(
-        knob in found[2] for knob in ("micro_batch_tokens", "max_length", "gradient_checkpointing", "load_in_4bit")
+        knob in found[2]
+        for knob in ("micro_batch_tokens", "max_length", "gradient_checkpointing", "load_in_4bit")
     )
 
 
@@ -90,11 +93,17 @@ def test_the_peak_is_what_the_system_says_of_this_process() -> None:
     assert peak_memory(CPU) >= psutil.Process().memory_info().rss * 0.98
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system's own count is used, which may be inherited")
+@pytest.mark.skipif(
+    sys.platform != "linux",
+    reason="elsewhere the system's own count is used, which may be inherited",
+)
 def test_the_peak_is_none_that_was_inherited_from_a_larger_parent() -> None:
     grown = ctypes.create_string_buffer(2**30)
     ctypes.memset(grown, 1, 2**30)
-    code = "import torch; from loop.process.memory import peak_memory; print(peak_memory(torch.device('cpu')))"
+    code = (
+        "import torch; from loop.process.memory import peak_memory;"
+        " print(peak_memory(torch.device('cpu')))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 50e6 < int(done.stdout) < 2**30
 

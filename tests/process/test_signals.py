@@ -1,4 +1,5 @@
-"""Signals to real runs: each ends in a checkpoint or in nothing, and the same command goes on to the same bytes."""
+"""Signals to real runs: each ends in a checkpoint or in nothing, and the same command goes on to
+the same bytes."""
 
 import contextlib
 import fcntl
@@ -39,8 +40,11 @@ Straight = Callable[..., Path]
 
 @pytest.fixture(autouse=True)
 def _handlers_are_put_back() -> Iterator[None]:
-    """Every test starts from what a terminal gives, also where pytest runs behind & or under nohup."""
-    given = dict.fromkeys((SIGHUP, SIGTERM, SIGUSR1), signal.SIG_DFL) | {SIGINT: signal.default_int_handler}
+    """Every test starts from what a terminal gives, also where pytest runs behind & or under
+    nohup."""
+    given = dict.fromkeys((SIGHUP, SIGTERM, SIGUSR1), signal.SIG_DFL) | {
+        SIGINT: signal.default_int_handler
+    }
     before = {number: signal.signal(number, handler) for number, handler in given.items()}
     yield
     found = {number: signal.signal(number, handler) for number, handler in before.items()}
@@ -52,10 +56,16 @@ def _handlers_are_put_back() -> Iterator[None]:
     [
         (SIGHUP, 129, "SIGHUP before the first step of this session: it trained and saved nothing"),
         (SIGINT, 130, "SIGINT before the first step of this session: it trained and saved nothing"),
-        (SIGTERM, 143, "SIGTERM before the first step of this session: it trained and saved nothing"),
+        (
+            SIGTERM,
+            143,
+            "SIGTERM before the first step of this session: it trained and saved nothing",
+        ),
     ],
 )
-def test_before_the_first_step_a_signal_ends_the_run_at_once(number: int, exit_code: int, message: str) -> None:
+def test_before_the_first_step_a_signal_ends_the_run_at_once(
+    number: int, exit_code: int, message: str
+) -> None:
     with Signals(), pytest.raises(Stopped) as stopped:
         signal.raise_signal(number)
     assert (stopped.value.exit_code, str(stopped.value)) == (exit_code, message)
@@ -72,7 +82,11 @@ def test_before_the_first_step_a_signal_ends_the_run_at_once(number: int, exit_c
     ],
 )
 def test_in_a_step_a_signal_is_noted_and_said_once(
-    number: int, found: list[float], said: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    number: int,
+    found: list[float],
+    said: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with Signals() as signals:
         signals.defer()
@@ -106,7 +120,9 @@ def test_sigusr1_before_the_first_step_is_a_checkpoint_after_it() -> None:
         ([1.0, 3.0, 0.0, 0.0], 2, False),
     ],
 )
-def test_what_was_heard_on_any_process_is_asked_of_all(heard: list[float], stop_signal: int, save_now: bool) -> None:
+def test_what_was_heard_on_any_process_is_asked_of_all(
+    heard: list[float], stop_signal: int, save_now: bool
+) -> None:
     assert Signals().take(heard) == (stop_signal, save_now)
 
 
@@ -125,12 +141,16 @@ def test_sigusr1_after_the_flags_of_its_step_were_taken_is_heard_in_the_next() -
     with Signals() as signals:
         signals.defer()
         taken = signals.flags(CPU).tolist()
-        signal.raise_signal(SIGUSR1)  # while the gradients cross processes and the adapter is updated
+        signal.raise_signal(
+            SIGUSR1
+        )  # while the gradients cross processes and the adapter is updated
         assert signals.take(taken) == (0, False)
         assert signals.take(signals.flags(CPU).tolist()) == (0, True)
 
 
-def test_a_second_sigint_in_a_notebook_ends_the_cell_and_not_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_sigint_in_a_notebook_ends_the_cell_and_not_the_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("sys.ps1", ">>> ", raising=False)  # what an interactive Python has
     with Signals() as signals:
         signals.defer()
@@ -141,7 +161,9 @@ def test_a_second_sigint_in_a_notebook_ends_the_cell_and_not_the_kernel(monkeypa
 
 
 @pytest.mark.parametrize("launched", [True, False])
-def test_a_launcher_that_is_gone_counts_as_a_hangup(launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_that_is_gone_counts_as_a_hangup(
+    launched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # anybody may set it
     monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
     if launched:
@@ -155,7 +177,9 @@ def test_a_launcher_that_is_gone_counts_as_a_hangup(launched: bool, monkeypatch:
 
 @pytest.mark.parametrize("number", [SIGHUP, SIGINT, SIGTERM, SIGUSR1])
 def test_a_signal_that_was_ignored_on_entry_stays_ignored(number: int) -> None:
-    before = signal.signal(number, signal.SIG_IGN)  # nohup does it to SIGHUP, a shell to SIGINT of what runs behind &
+    before = signal.signal(
+        number, signal.SIG_IGN
+    )  # nohup does it to SIGHUP, a shell to SIGINT of what runs behind &
     try:
         with Signals() as signals:
             signal.raise_signal(number)
@@ -173,7 +197,9 @@ def test_a_thread_that_is_not_the_main_one_installs_nothing_and_runs() -> None:
     def inside() -> None:
         with Signals() as signals:
             signals.defer()
-            found.append([signal.getsignal(number) for number in (SIGHUP, SIGINT, SIGTERM, SIGUSR1)])
+            found.append(
+                [signal.getsignal(number) for number in (SIGHUP, SIGINT, SIGTERM, SIGUSR1)]
+            )
             found.append(signals.take(signals.flags(CPU).tolist()))
 
     thread = threading.Thread(target=inside)
@@ -187,7 +213,8 @@ def test_a_thread_that_is_not_the_main_one_installs_nothing_and_runs() -> None:
 
 @pytest.fixture(scope="module")
 def knobs(bloom: Path, ragged: Path) -> dict[str, Any]:
-    """Enough steps that no run ends before its signal; nothing is saved on the way but at a signal."""
+    """Enough steps that no run ends before its signal; nothing is saved on the way but at a
+    signal."""
     return {
         "model_name_or_path": bloom, "dataset_name": ragged, "max_length": 128, "micro_batch_tokens": 256,
         "global_batch_size": 8, "max_steps": 40, "learning_rate": 0.01, "lora_r": 4, "lora_dropout": 0.1,
@@ -204,7 +231,11 @@ def straight(knobs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
         key = f"{num_processes} {sorted(changed.items())}"
         if key not in made:
             folder = tmp_path_factory.mktemp("straight")
-            run(flags({**knobs, **changed, "output_dir": folder / "run"}), folder / "log", num_processes)
+            run(
+                flags({**knobs, **changed, "output_dir": folder / "run"}),
+                folder / "log",
+                num_processes,
+            )
             made[key] = folder / "run"
         return made[key]
 
@@ -241,8 +272,11 @@ def goes_on(folder: Path, launched: Launched) -> bool:
     return wait_until(lambda: steps_done(folder) >= before + 2, launched)
 
 
-def assert_resumes_to(expected: Path, folder: Path, argv: list[str], num_processes: int = 1) -> None:
-    """The same command again ends as the run that nobody interrupted, and leaves nothing half written."""
+def assert_resumes_to(
+    expected: Path, folder: Path, argv: list[str], num_processes: int = 1
+) -> None:
+    """The same command again ends as the run that nobody interrupted, and leaves nothing half
+    written."""
     run(argv, folder.parent / "log-resumed", num_processes)
     assert_same_run(folder, expected)
     assert not [path for path in folder.rglob(".*") if path.name != ".lock"]
@@ -255,7 +289,11 @@ def test_a_signal_to_one_process_ends_all_in_a_checkpoint_and_the_same_command_g
 ) -> None:
     folder = tmp_path / "run"
     argv = flags({**knobs, "output_dir": folder})
-    for number, name, code in ((SIGTERM, "SIGTERM", 143), (SIGINT, "SIGINT", 130), (SIGHUP, "SIGHUP", 129)):
+    for number, name, code in (
+        (SIGTERM, "SIGTERM", 143),
+        (SIGINT, "SIGINT", 130),
+        (SIGHUP, "SIGHUP", 129),
+    ):
         launched = start(argv, tmp_path / name, num_processes)
         assert goes_on(folder, launched), launched.text()
         send(launched, number, to)
@@ -275,11 +313,20 @@ def test_a_signal_to_one_process_ends_all_in_a_checkpoint_and_the_same_command_g
 @pytest.mark.runs
 @pytest.mark.parametrize(("num_processes", "to"), [(1, 0), (2, 1)])
 def test_a_signal_in_an_evaluation_lets_it_end_and_then_one_step(
-    num_processes: int, to: int, knobs: dict[str, Any], straight: Straight, ragged: Path, tmp_path: Path
+    num_processes: int,
+    to: int,
+    knobs: dict[str, Any],
+    straight: Straight,
+    ragged: Path,
+    tmp_path: Path,
 ) -> None:
     rows = [json.loads(line)["text"] for line in ragged.read_text(encoding="utf-8").splitlines()]
-    many = tmp_path / "many.jsonl"  # an evaluation takes some tenths of a second, a step some thousandths
-    many.write_text("".join(json.dumps({"text": f"{i} {row}"}) + "\n" for i in range(5) for row in rows))
+    many = (
+        tmp_path / "many.jsonl"
+    )  # an evaluation takes some tenths of a second, a step some thousandths
+    many.write_text(
+        "".join(json.dumps({"text": f"{i} {row}"}) + "\n" for i in range(5) for row in rows)
+    )
     changed = {"dataset_name": many, "eval_fraction": 0.9, "eval_steps": 1, "max_steps": 3}
     folder = tmp_path / "run"
     argv = flags({**knobs, **changed, "output_dir": folder})
@@ -300,7 +347,11 @@ def test_each_sigusr1_is_one_checkpoint_and_the_run_goes_on_to_the_same_bytes(
     num_processes: int, to: int, knobs: dict[str, Any], straight: Straight, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    launched = start(flags({**knobs, "save_total_limit": 100, "output_dir": folder}), tmp_path / "log", num_processes)
+    launched = start(
+        flags({**knobs, "save_total_limit": 100, "output_dir": folder}),
+        tmp_path / "log",
+        num_processes,
+    )
     for count in range(1, 6):
         assert goes_on(folder, launched), launched.text()
         send(launched, SIGUSR1, to)
@@ -324,7 +375,9 @@ def test_a_second_sigint_ends_the_run_in_the_middle_of_a_step(
     launched = start(argv, tmp_path / "log")
     assert wait_until(lambda: checkpoints(folder) == ["step-000001"], launched), launched.text()
     send(launched, SIGINT)
-    assert wait_until(lambda: "SIGINT: stopping after this step" in launched.text(), launched), launched.text()
+    assert wait_until(lambda: "SIGINT: stopping after this step" in launched.text(), launched), (
+        launched.text()
+    )
     send(launched, SIGINT)
     assert launched.wait(60) == [130]
     last = "error: interrupted twice, left at once; the last checkpoint is intact"
@@ -407,16 +460,21 @@ def test_a_signal_while_loading_ends_the_run_within_seconds_and_leaves_nothing_h
     folder = tmp_path / "run"
     argv = flags({**knobs, "output_dir": folder})
     waits = random.Random(to)
-    for session, (file, longest) in enumerate([(".lock", 0.0), (".lock", 0.2), ("run.json", 0.0), ("run.json", 0.03)]):
+    for session, (file, longest) in enumerate(
+        [(".lock", 0.0), (".lock", 0.2), ("run.json", 0.0), ("run.json", 0.03)]
+    ):
         before, saved = content(folder / file), checkpoints(folder)
         launched = start(argv, tmp_path / f"log-{session}", num_processes)
         assert wait_until(lambda: content(folder / file) != before, launched), launched.text()  # noqa: B023
-        time.sleep(waits.uniform(0, longest))  # the model, the data, the rehearsal; any moment has its outcome below
+        time.sleep(
+            waits.uniform(0, longest)
+        )  # the model, the data, the rehearsal; any moment has its outcome below
         send(launched, number, to)
         sent = time.monotonic()
         codes, text = launched.wait(20), launched.text()
         assert time.monotonic() - sent < 5, text
-        # The lock is the main process's: another may not have come to its `Signals` yet, and the kernel ends it.
+        # The lock is the main process's: another may not have come to its `Signals` yet, and the
+        # kernel ends it.
         early = {-number} if to > 0 and file == ".lock" else set()
         assert codes[to] in {code} | early, text
         assert "Traceback" not in text
@@ -424,10 +482,15 @@ def test_a_signal_while_loading_ends_the_run_within_seconds_and_leaves_nothing_h
             done = steps_done(folder)
             assert codes == [code] * num_processes
             assert newest(folder) == done
-            assert f"error: {name}: saved after step {done} of 40; the same command goes on from there" in text
+            assert (
+                f"error: {name}: saved after step {done} of 40; the same command goes on from there"
+                in text
+            )
         else:  # before the first step the others do not hear of it; they see that one is gone
             assert set(codes) <= {code, 1} | early
-            said = f"error: {name} before the first step of this session: it trained and saved nothing"
+            said = (
+                f"error: {name} before the first step of this session: it trained and saved nothing"
+            )
             assert to > 0 or said in text.splitlines()
             assert not (folder / "adapter").exists()
         assert content(folder / ".lock") == b""
@@ -449,7 +512,12 @@ def test_a_signal_before_anything_is_loaded_leaves_nothing_to_clean_up(
     send(launched, number)  # before `Signals` the kernel ends the process, without a word
     assert set(launched.wait(20)) <= codes
     # The next start sweeps what proves that the folder can be written.
-    assert {path.name for path in folder.rglob("*")} <= {".lock", "checkpoints", ".probe", ".tmp-.probe"}
+    assert {path.name for path in folder.rglob("*")} <= {
+        ".lock",
+        "checkpoints",
+        ".probe",
+        ".tmp-.probe",
+    }
 
 
 ENDS: dict[str, Callable[[Path], bool]] = {
@@ -463,7 +531,13 @@ ENDS: dict[str, Callable[[Path], bool]] = {
 @pytest.mark.runs
 @pytest.mark.parametrize(
     ("num_processes", "at"),
-    [(1, "last step"), (1, "last evaluation"), (1, "adapter"), (2, "last step"), (2, "last checkpoint")],
+    [
+        (1, "last step"),
+        (1, "last evaluation"),
+        (1, "adapter"),
+        (2, "last step"),
+        (2, "last checkpoint"),
+    ],
 )
 def test_a_signal_at_the_very_end_loses_nothing(
     num_processes: int, at: str, knobs: dict[str, Any], straight: Straight, tmp_path: Path
@@ -476,7 +550,8 @@ def test_a_signal_at_the_very_end_loses_nothing(
             if launched.processes[process].is_alive():
                 send(launched, SIGTERM, process)
     codes = set(launched.wait(60))
-    # After the last step there is nothing to stop. -15: all was done, and Python was on its way out.
+    # After the last step there is nothing to stop. -15: all was done, and Python was on its way
+    # out.
     assert codes <= {0, -15} or (codes, at) == ({143}, "last step"), launched.text()
     assert checkpoints(folder) == [f"step-{steps_done(folder):06d}"]
     assert_resumes_to(straight(num_processes, max_steps=20), folder, argv, num_processes)
@@ -500,7 +575,10 @@ def test_one_process_killed_ends_the_other_with_one_sentence_and_no_torn_checkpo
         send(launched, signal.SIGKILL, lost)
         codes = launched.wait(60)
         assert codes == ([-9, 1] if lost == 0 else [1, -9])
-        assert launched.text().splitlines()[-1] == "error: another process ended; its own message says why"
+        assert (
+            launched.text().splitlines()[-1]
+            == "error: another process ended; its own message says why"
+        )
         assert "Traceback" not in launched.text()
         assert "passed over" not in launched.text()
         assert newest(folder) >= steps_done(folder) - 2
@@ -509,7 +587,9 @@ def test_one_process_killed_ends_the_other_with_one_sentence_and_no_torn_checkpo
 
 
 @pytest.mark.runs
-@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits the files of another process")
+@pytest.mark.skipif(
+    not hasattr(resource, "prlimit"), reason="only Linux limits the files of another process"
+)
 def test_a_full_disk_of_one_process_ends_both_and_is_what_the_user_reads(
     knobs: dict[str, Any], straight: Straight, tmp_path: Path
 ) -> None:
@@ -541,7 +621,12 @@ def test_a_full_disk_of_one_process_ends_both_and_is_what_the_user_reads(
     ],
 )
 def test_a_signal_to_the_launcher_ends_its_processes_in_a_checkpoint(
-    launch_config: str, processes: int, ends: dict[str, str], knobs: dict[str, Any], straight: Straight, tmp_path: Path
+    launch_config: str,
+    processes: int,
+    ends: dict[str, str],
+    knobs: dict[str, Any],
+    straight: Straight,
+    tmp_path: Path,
 ) -> None:
     folder = tmp_path / "run"
     argv = flags({**knobs, "max_steps": 200, "output_dir": folder})
@@ -571,7 +656,9 @@ def test_a_signal_to_the_launcher_ends_its_processes_in_a_checkpoint(
         assert launcher.wait(60) != 0
         done = steps_done(folder)
         assert newest(folder) == done
-        said = f"error: {heard}: saved after step {done} of 200; the same command goes on from there"
+        said = (
+            f"error: {heard}: saved after step {done} of 200; the same command goes on from there"
+        )
         assert said in text.splitlines(), sent
         assert done < 200, "the run ended before its last signal"
     assert_resumes_to(straight(processes, max_steps=200), folder, argv, processes)

@@ -1,4 +1,5 @@
-"""The card: each statement is one that was recorded, nothing recorded can break out of it, edits by hand stay."""
+"""The card: each statement is one that was recorded, nothing recorded can break out of it, edits by
+hand stay."""
 
 import json
 import math
@@ -98,7 +99,9 @@ def test_what_was_not_recorded_is_left_out(evidence: Evidence, changed: Changed)
         assert not re.search(r"more information|None\b|\bnan\b|\{\{|\{%", text, flags=re.IGNORECASE)
 
 
-def test_recipe_in_the_card_is_the_run_s_own_with_public_names(evidence: Evidence, tmp_path: Path) -> None:
+def test_recipe_in_the_card_is_the_run_s_own_with_public_names(
+    evidence: Evidence, tmp_path: Path
+) -> None:
     block = re.search(r"```yaml\n(.+?)```", card(evidence), flags=re.DOTALL)
     assert block is not None
     (tmp_path / "recipe.yaml").write_text(block[1])
@@ -118,7 +121,12 @@ def test_recipe_in_the_card_is_the_run_s_own_with_public_names(evidence: Evidenc
         ("x86_64 AVX2", 4, "no", "cpu_2.yaml --num_processes 4 -m"),
         ("NVIDIA H100 12.8 91002", 1, "bf16", "one_gpu.yaml --mixed_precision bf16 -m"),
         ("Tesla T4 12.8 91002", 1, "fp16", "one_gpu_fp16.yaml --mixed_precision fp16 -m"),
-        ("NVIDIA H100 12.8 91002", 8, "bf16", "multi_gpu.yaml --num_processes 8 --mixed_precision bf16 -m"),
+        (
+            "NVIDIA H100 12.8 91002",
+            8,
+            "bf16",
+            "multi_gpu.yaml --num_processes 8 --mixed_precision bf16 -m",
+        ),
     ],
 )
 def test_command_names_a_launch_config_that_there_is(
@@ -173,7 +181,11 @@ def test_no_text_of_a_model_or_dataset_breaks_out_of_its_place(text: str, change
 
 
 def test_generated_part_alone_is_replaced(evidence: Evidence) -> None:
-    old = card(replace(evidence, step=3)).replace(START, f"Above.\n{START}").replace(END, f"{END}\nBelow.")
+    old = (
+        card(replace(evidence, step=3))
+        .replace(START, f"Above.\n{START}")
+        .replace(END, f"{END}\nBelow.")
+    )
     merged = merge_cards(card(evidence), old)
     assert "for 3 of 6 steps" in old
     assert "for 3 of 6 steps" not in merged
@@ -189,7 +201,11 @@ def test_merging_twice_changes_nothing_more(evidence: Evidence) -> None:
 
 
 def test_card_of_another_maker_gets_the_part_at_its_end(evidence: Evidence) -> None:
-    merged = ModelCard(merge_cards(card(evidence), "---\nthumbnail: a.png\nlicense: gpl\ntags: [mine]\n---\n# Mine\n"))
+    merged = ModelCard(
+        merge_cards(
+            card(evidence), "---\nthumbnail: a.png\nlicense: gpl\ntags: [mine]\n---\n# Mine\n"
+        )
+    )
     assert merged.text.index("# Mine") < merged.text.index(START)
     assert merged.data.thumbnail == "a.png"
     assert merged.data.license == "mit"
@@ -223,7 +239,9 @@ def test_result_of_an_older_run_is_not_kept(evidence: Evidence) -> None:
         ("---\na: " + "[" * 5000 + "\n---\n", "its metadata cannot be read"),
     ],
 )
-def test_card_on_the_hub_that_cannot_be_read_is_refused(on_hub: str, says: str, evidence: Evidence) -> None:
+def test_card_on_the_hub_that_cannot_be_read_is_refused(
+    on_hub: str, says: str, evidence: Evidence
+) -> None:
     with pytest.raises(HubError, match=re.escape(says)):
         merge_cards(card(evidence), on_hub)
 
@@ -234,7 +252,9 @@ def test_line_ends_of_a_card_from_windows_stay(evidence: Evidence) -> None:
     assert ModelCard(merged).data.base_model == "owner/base"
 
 
-def test_checkpoint_s_card_has_no_sample_of_the_finished_adapter(finished: Path, tmp_path: Path) -> None:
+def test_checkpoint_s_card_has_no_sample_of_the_finished_adapter(
+    finished: Path, tmp_path: Path
+) -> None:
     shutil.copytree(finished, tmp_path / "run")
     made = card(read_evidence(tmp_path / "run" / "checkpoints" / "step-000003"))
     assert "## Before and after" not in made
@@ -242,24 +262,42 @@ def test_checkpoint_s_card_has_no_sample_of_the_finished_adapter(finished: Path,
     assert ", before and after" not in made
 
 
-def test_loss_that_was_not_taken_of_this_very_state_is_not_called_the_adapter_s(evidence: Evidence) -> None:
+def test_loss_that_was_not_taken_of_this_very_state_is_not_called_the_adapter_s(
+    evidence: Evidence,
+) -> None:
     later = [
-        {**entry, "step": 5} if entry.get("step") == 6 and "eval_loss" in entry else entry for entry in evidence.entries
+        {**entry, "step": 5} if entry.get("step") == 6 and "eval_loss" in entry else entry
+        for entry in evidence.entries
     ]
     made = card(replace(evidence, entries=later))
     assert "**Held-out loss" not in made
-    names = [metric["name"] for metric in ModelCard(made).data.to_dict()["model-index"][0]["results"][0]["metrics"]]
-    assert names == ["held-out loss of the base, nats per target token", "held-out perplexity of the base"]
+    names = [
+        metric["name"]
+        for metric in ModelCard(made).data.to_dict()["model-index"][0]["results"][0]["metrics"]
+    ]
+    assert names == [
+        "held-out loss of the base, nats per target token",
+        "held-out perplexity of the base",
+    ]
     assert "**Held-out loss" in card(evidence)
 
 
 def test_base_is_called_unchanged_only_where_the_run_has_looked(evidence: Evidence) -> None:
-    ended_early = replace(evidence, run={key: value for key, value in evidence.run.items() if key != "result"})
+    ended_early = replace(
+        evidence, run={key: value for key, value in evidence.run.items() if key != "result"}
+    )
     assert ", before and after" in card(evidence)
     assert ", before and after" not in card(ended_early)
 
 
-def test_session_that_began_behind_this_step_is_not_its_own(evidence: Evidence, changed: Changed) -> None:
+def test_session_that_began_behind_this_step_is_not_its_own(
+    evidence: Evidence, changed: Changed
+) -> None:
     first = evidence.run["sessions"][0]
-    later = {**first, "first_step": 6, "device": "another machine", "not_bit_exact": ["device was x, is another"]}
+    later = {
+        **first,
+        "first_step": 6,
+        "device": "another machine",
+        "not_bit_exact": ["device was x, is another"],
+    }
     assert "another" not in card(changed(sessions=[first, later])).split("## Training")[1]

@@ -1,4 +1,5 @@
-"""What is known of a repository, and how long a Hub is waited for; the rest is in test_publish.py."""
+"""What is known of a repository, and how long a Hub is waited for; the rest is in
+test_publish.py."""
 
 from hashlib import sha256
 
@@ -14,7 +15,9 @@ HUB = Hub(HfApi(token="hf_secret"), "hf_secret", "anna")
 
 
 def refused(status: int, message: str = "", **headers: str) -> HfHubHTTPError:
-    response = httpx2.Response(status, headers=headers, request=httpx2.Request("GET", "http://127.0.0.1/"))
+    response = httpx2.Response(
+        status, headers=headers, request=httpx2.Request("GET", "http://127.0.0.1/")
+    )
     return HfHubHTTPError("no", response=response, server_message=message)
 
 
@@ -32,7 +35,11 @@ class Failing:
 
 def test_files_are_compared_by_git_s_hash_or_by_sha256() -> None:
     # `printf 'hello\n' | git hash-object --stdin`
-    remote = Remote(True, "c", {"a": "ce013625030ba8dba906f756967f9e9ca394464a", "b": sha256(b"large").hexdigest()})
+    remote = Remote(
+        True,
+        "c",
+        {"a": "ce013625030ba8dba906f756967f9e9ca394464a", "b": sha256(b"large").hexdigest()},
+    )
     assert remote.holds({"a": b"hello\n", "b": b"large"})
     assert remote.holds({})
     assert not remote.holds({"a": b"hello"})
@@ -43,7 +50,11 @@ def test_files_are_compared_by_git_s_hash_or_by_sha256() -> None:
 def test_failure_that_passes_is_waited_out_with_a_line_each(
     waits: list[float], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    call = Failing(refused(503, "over capacity"), httpx2.ConnectError("refused"), refused(429, **{"Retry-After": "9"}))
+    call = Failing(
+        refused(503, "over capacity"),
+        httpx2.ConnectError("refused"),
+        refused(429, **{"Retry-After": "9"}),
+    )
     assert with_retries(HUB, "look", call) == "done"
     assert waits == [1, 2, 9]
     assert capfd.readouterr().err.splitlines() == [
@@ -68,7 +79,9 @@ def test_refusal_is_not_repeated(status: int, waits: list[float]) -> None:
 
 def test_wrong_certificate_is_not_tried_again(waits: list[float]) -> None:
     with pytest.raises(HubError, match="CERTIFICATE_VERIFY_FAILED"):
-        with_retries(HUB, "look", Failing(httpx2.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] expired")))
+        with_retries(
+            HUB, "look", Failing(httpx2.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] expired"))
+        )
     assert waits == []
 
 

@@ -1,6 +1,8 @@
-"""Publishing to a Hub on loopback, through the real client: what is sent, what never is, and every fault on the way.
+"""Publishing to a Hub on loopback, through the real client: what is sent, what never is, and every
+fault on the way.
 
-Most of it calls the command in this process, which spares the imports; no time passes while the client waits."""
+Most of it calls the command in this process, which spares the imports; no time passes while the
+client waits."""
 
 import json
 import os
@@ -28,7 +30,13 @@ from tests.process.test_launcher import launch, user_environment
 
 pytestmark = pytest.mark.runs
 CANARY = "hf_canary0123456789abcdefghijklmnop"
-SENT = {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json", "tokenizer_config.json"}
+SENT = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "README.md",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 MADE_BY_THE_HUB = {".gitattributes"}
 NAMED = ("--repo_id", "anna/lora", "--base_model", "owner/base", "--license", "apache-2.0")
 """What a run on a local base needs to be told."""
@@ -62,7 +70,9 @@ Publish = Callable[..., Outcome]
 
 
 @pytest.fixture
-def publish(trained: Path, waits: list[float], capfd: pytest.CaptureFixture[str]) -> Iterator[Publish]:
+def publish(
+    trained: Path, waits: list[float], capfd: pytest.CaptureFixture[str]
+) -> Iterator[Publish]:
     """The command on `trained`. At the end nothing it wrote anywhere holds the token."""
     seen = []
 
@@ -75,7 +85,9 @@ def publish(trained: Path, waits: list[float], capfd: pytest.CaptureFixture[str]
     yield of
     assert seen
     assert not [outcome for outcome in seen if CANARY in outcome.out + outcome.err]
-    written = [path for path in trained.parent.rglob("*") if path.is_file() and not path.is_symlink()]
+    written = [
+        path for path in trained.parent.rglob("*") if path.is_file() and not path.is_symlink()
+    ]
     assert not [path for path in written if CANARY.encode() in path.read_bytes()]
 
 
@@ -92,7 +104,10 @@ def test_finished_run_is_published_private_in_one_commit_and_nothing_else_leaves
     assert repository.commits == 2  # the Hub's own first one, and this
     assert set(repository.files) == SENT | MADE_BY_THE_HUB
     sha = repository.branches["main"]
-    assert done.out.rstrip().splitlines()[-1] == f"published and verified: {HUB_URL}/anna/lora, commit {sha}"
+    assert (
+        done.out.rstrip().splitlines()[-1]
+        == f"published and verified: {HUB_URL}/anna/lora, commit {sha}"
+    )
     weights = (trained / "adapter" / "adapter_model.safetensors").read_bytes()
     assert repository.files["adapter_model.safetensors"] == weights
     published = json.loads((trained / "published.json").read_text())
@@ -106,20 +121,36 @@ def test_finished_run_is_published_private_in_one_commit_and_nothing_else_leaves
     assert config["revision"] == hub.models["owner/base"].branches["main"]
 
 
-def test_plan_names_every_file_with_its_hash_before_anything_is_sent(trained: Path, hub: Hub, publish: Publish) -> None:
+def test_plan_names_every_file_with_its_hash_before_anything_is_sent(
+    trained: Path, hub: Hub, publish: Publish
+) -> None:
     base = hub.models["owner/base"].branches["main"]
-    done = publish("--repo_id", "anna/lora", "--base_model", f"owner/base@{base}", "--license", "mit")
+    done = publish(
+        "--repo_id", "anna/lora", "--base_model", f"owner/base@{base}", "--license", "mit"
+    )
     repository = hub.models["anna/lora"]
     assert "to        anna/lora, private\n" in done.out
     assert f"base      owner/base at {base}\n" in done.out
-    planned = dict(re.findall(r"^send      (\S+): [\d,]+ bytes, sha256 (\w{64})$", done.out, flags=re.MULTILINE))
+    planned = dict(
+        re.findall(
+            r"^send      (\S+): [\d,]+ bytes, sha256 (\w{64})$", done.out, flags=re.MULTILINE
+        )
+    )
     assert planned == {name: sha256(repository.files[name]).hexdigest() for name in SENT}
     assert repository.files["README.md"].decode().strip() in done.out
-    for name in ("checkpoints/ (10 files)", "config.yaml", "ledger.jsonl", "metrics.jsonl", "run.json"):
+    for name in (
+        "checkpoints/ (10 files)",
+        "config.yaml",
+        "ledger.jsonl",
+        "metrics.jsonl",
+        "run.json",
+    ):
         assert f"left out  {name}\n" in done.out
 
 
-def test_checkpoint_is_published_when_it_is_named(trained: Path, hub: Hub, publish: Publish) -> None:
+def test_checkpoint_is_published_when_it_is_named(
+    trained: Path, hub: Hub, publish: Publish
+) -> None:
     folder = trained / "checkpoints" / "step-000003"
     assert publish(*NAMED, source=folder).code == 0
     files = hub.models["anna/lora"].files
@@ -128,7 +159,9 @@ def test_checkpoint_is_published_when_it_is_named(trained: Path, hub: Hub, publi
     assert b"Not a finished run" in files["README.md"]
 
 
-def test_unfinished_run_is_refused_with_its_newest_checkpoint_named(trained: Path, hub: Hub, publish: Publish) -> None:
+def test_unfinished_run_is_refused_with_its_newest_checkpoint_named(
+    trained: Path, hub: Hub, publish: Publish
+) -> None:
     run_json = json.loads((trained / "run.json").read_text())
     del run_json["result"]
     (trained / "run.json").write_text(json.dumps(run_json))
@@ -149,8 +182,18 @@ def test_evidence_sends_the_ledger_and_the_run_manifest_whose_hashes_the_card_st
         assert sha256(files[name]).hexdigest().encode() in files["README.md"]
 
 
-def test_everything_else_in_the_folder_is_left_out_and_listed(trained: Path, hub: Hub, publish: Publish) -> None:
-    strangers = ["optimizer.pt", "rng_state.pth", ".env", ".netrc", "id_rsa", "wandb/run.log", "__pycache__/a.pyc"]
+def test_everything_else_in_the_folder_is_left_out_and_listed(
+    trained: Path, hub: Hub, publish: Publish
+) -> None:
+    strangers = [
+        "optimizer.pt",
+        "rng_state.pth",
+        ".env",
+        ".netrc",
+        "id_rsa",
+        "wandb/run.log",
+        "__pycache__/a.pyc",
+    ]
     for folder in (trained, trained / "adapter"):
         for name in strangers:
             (folder / name).parent.mkdir(exist_ok=True)
@@ -158,7 +201,14 @@ def test_everything_else_in_the_folder_is_left_out_and_listed(trained: Path, hub
     done = publish(*NAMED)
     assert done.code == 0, done.err
     assert set(hub.models["anna/lora"].files) == SENT | MADE_BY_THE_HUB
-    for name in ("optimizer.pt", ".env", ".netrc", "id_rsa", "wandb/ (1 files)", "__pycache__/ (1 files)"):
+    for name in (
+        "optimizer.pt",
+        ".env",
+        ".netrc",
+        "id_rsa",
+        "wandb/ (1 files)",
+        "__pycache__/ (1 files)",
+    ):
         assert f"left out  {name}\n" in done.out
         assert f"left out  adapter/{name}\n" in done.out
 
@@ -174,7 +224,9 @@ def test_public_branch_and_tag_are_as_asked(hub: Hub, publish: Publish) -> None:
     assert repository.trees[repository.branches["smaller"]]["README.md"].count(b"license: mit") == 1
 
 
-def test_tag_of_another_commit_is_refused_before_anything_is_committed(hub: Hub, publish: Publish) -> None:
+def test_tag_of_another_commit_is_refused_before_anything_is_committed(
+    hub: Hub, publish: Publish
+) -> None:
     assert publish(*NAMED, "--tag", "v1").code == 0
     done = publish(*NAMED, "--license", "mit", "--tag", "v1")
     assert (done.code, hub.models["anna/lora"].commits) == (6, 2)
@@ -190,7 +242,9 @@ def test_new_branch_keeps_what_was_written_by_hand_on_main(hub: Hub, publish: Pu
     assert repository.trees[repository.branches["v2"]]["README.md"].endswith(b"\nBy hand.\n")
 
 
-def test_pull_request_leaves_main_and_is_opened_once(hub: Hub, publish: Publish, trained: Path) -> None:
+def test_pull_request_leaves_main_and_is_opened_once(
+    hub: Hub, publish: Publish, trained: Path
+) -> None:
     first = hub.models["owner/base"].branches["main"]
     hub.models["owner/base"].files["README.md"] = b"---\nlicense: mit\n---\nThe base.\n"
     words = ("--repo_id", "owner/base", *NAMED[2:], "--public", "--create_pr")
@@ -203,14 +257,21 @@ def test_pull_request_leaves_main_and_is_opened_once(hub: Hub, publish: Publish,
 
 @pytest.mark.parametrize(
     ("private", "words", "says"),
-    [(False, (), "is public; write --public"), (True, ("--public",), "is private; leave --public out")],
+    [
+        (False, (), "is public; write --public"),
+        (True, ("--public",), "is private; leave --public out"),
+    ],
 )
 def test_visibility_of_a_repository_that_is_there_is_never_changed(
     private: bool, words: tuple[str, ...], says: str, hub: Hub, publish: Publish, bloom: Path
 ) -> None:
     hub.put_model("anna/lora", bloom, private=private)
     done = publish(*NAMED, *words)
-    assert (done.code, hub.models["anna/lora"].commits, hub.models["anna/lora"].private) == (6, 1, private)
+    assert (done.code, hub.models["anna/lora"].commits, hub.models["anna/lora"].private) == (
+        6,
+        1,
+        private,
+    )
     assert says in done.last_line
 
 
@@ -240,9 +301,14 @@ def test_dry_run_says_what_blocks_the_push_and_needs_neither_token_nor_hub(
 
 def test_dry_run_opens_no_socket_and_writes_nothing(finished: Path) -> None:
     before = sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*"))
-    code = "from tests.processes import run_without_network as r; from loop.publish.__main__ import main; r(main)"
+    code = (
+        "from tests.processes import run_without_network as r; from loop.publish.__main__ import"
+        " main; r(main)"
+    )
     words = [sys.executable, "-c", code, str(finished), *NAMED, "--dry_run"]
-    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "0"})
+    done = subprocess.run(
+        words, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "0"}
+    )
     assert done.returncode == 0, done.stderr
     assert sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*")) == before
 
@@ -275,7 +341,9 @@ def test_wrong_token_is_refused_before_anything_is_sent(
     assert says in done.last_line
 
 
-def test_token_that_may_only_read_is_refused_before_anything_is_sent(hub: Hub, publish: Publish) -> None:
+def test_token_that_may_only_read_is_refused_before_anything_is_sent(
+    hub: Hub, publish: Publish
+) -> None:
     hub.users[CANARY]["role"] = "read"
     done = publish(*NAMED)
     assert (done.code, set(hub.models), hub.asked("POST", "")) == (6, {"owner/base"}, 0)
@@ -320,7 +388,9 @@ def test_disabled_or_gated_repository_is_refused(hub: Hub, publish: Publish, blo
     done = publish(*NAMED)
     assert (done.code, done.last_line) == (6, "error: anna/lora is disabled on the Hub")
     hub.put_model("anna/lora", bloom, private=True)
-    hub.faults.append(Fault("GET", "/api/models/anna/lora", status=403, headers={"X-Error-Code": "GatedRepo"}))
+    hub.faults.append(
+        Fault("GET", "/api/models/anna/lora", status=403, headers={"X-Error-Code": "GatedRepo"})
+    )
     done = publish(*NAMED)
     assert (done.code, hub.models["anna/lora"].commits) == (6, 1)
     assert "it is gated: ask for access on its page" in done.last_line
@@ -378,13 +448,17 @@ def test_one_bad_answer_costs_a_line_and_some_seconds(
         assert waits == []  # it was there when it was looked for
     else:
         assert len(waits) == 1
-        assert waits[0] == pytest.approx(7 if day == "429" else 1, abs=1)  # the client adds a second
+        assert waits[0] == pytest.approx(
+            7 if day == "429" else 1, abs=1
+        )  # the client adds a second
         assert re.search(r"again in \d+ s|Retrying in \d|Waiting \d|Trying to resume", done.err)
     assert "X-Amz-Signature" not in done.err
 
 
 @pytest.mark.parametrize("day", ["503", "dropped"])
-@pytest.mark.parametrize("request_", sorted(REQUESTS.keys() - {"say that it was sent"}))  # which is not needed
+@pytest.mark.parametrize(
+    "request_", sorted(REQUESTS.keys() - {"say that it was sent"})
+)  # which is not needed
 def test_hub_that_stays_down_is_given_up_on_and_a_second_run_repairs_it(
     request_: str, day: str, hub: Hub, publish: Publish, trained: Path, waits: list[float]
 ) -> None:
@@ -404,26 +478,36 @@ def test_hub_that_stays_down_is_given_up_on_and_a_second_run_repairs_it(
 
 
 @pytest.mark.parametrize("status", [500, 502, 504])
-def test_other_statuses_that_pass_are_waited_for(status: int, hub: Hub, publish: Publish, waits: list[float]) -> None:
-    hub.faults += [Fault("GET", "/api/whoami-v2", status=status), Fault("POST", "/commit/", status=status)]
+def test_other_statuses_that_pass_are_waited_for(
+    status: int, hub: Hub, publish: Publish, waits: list[float]
+) -> None:
+    hub.faults += [
+        Fault("GET", "/api/whoami-v2", status=status),
+        Fault("POST", "/commit/", status=status),
+    ]
     assert publish(*NAMED).code == 0
     assert (waits, hub.models["anna/lora"].commits) == ([1, 1], 2)
 
 
 @pytest.mark.parametrize("after", [1, 1000, 3000])
-def test_connection_dropped_in_mid_upload_is_taken_up_again(after: int, hub: Hub, publish: Publish) -> None:
+def test_connection_dropped_in_mid_upload_is_taken_up_again(
+    after: int, hub: Hub, publish: Publish
+) -> None:
     hub.faults.append(Fault("PUT", "/lfs/", drop=after))
     assert publish(*NAMED).code == 0
     assert hub.models["anna/lora"].commits == 2
 
 
 @pytest.mark.parametrize(
-    "request_", ["ask whose token it is", "how files are sent", "send a large file", "download again"]
+    "request_",
+    ["ask whose token it is", "how files are sent", "send a large file", "download again"],
 )
 def test_hub_that_asks_for_an_hour_is_not_waited_for(
     request_: str, hub: Hub, publish: Publish, waits: list[float]
 ) -> None:
-    hub.faults.append(Fault(*REQUESTS[request_], FOREVER, status=429, headers={"Retry-After": "3600"}))
+    hub.faults.append(
+        Fault(*REQUESTS[request_], FOREVER, status=429, headers={"Retry-After": "3600"})
+    )
     done = publish(*NAMED)
     assert (done.code, waits) == (6, [])
     assert "the Hub asks to be left alone for 3600 s" in done.last_line
@@ -445,7 +529,12 @@ def test_hub_that_says_nothing_is_given_up_on(
     ids=["no such name", "no certificate"],
 )
 def test_hub_that_cannot_be_reached_is_given_up_on(
-    endpoint: str, says: str, hub: Hub, publish: Publish, monkeypatch: pytest.MonkeyPatch, waits: list[float]
+    endpoint: str,
+    says: str,
+    hub: Hub,
+    publish: Publish,
+    monkeypatch: pytest.MonkeyPatch,
+    waits: list[float],
 ) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     done = publish(*NAMED)
@@ -457,8 +546,12 @@ NONSENSE = [b"{}", b"[]", b"null", b'"x"', b"<html>Welcome to the hotel</html>",
 
 
 @pytest.mark.parametrize("body", NONSENSE)
-@pytest.mark.parametrize("request_", ["ask whose token it is", "the repository", "how files are sent", "commit"])
-def test_answer_that_no_hub_gives_is_one_line(request_: str, body: bytes, hub: Hub, publish: Publish) -> None:
+@pytest.mark.parametrize(
+    "request_", ["ask whose token it is", "the repository", "how files are sent", "commit"]
+)
+def test_answer_that_no_hub_gives_is_one_line(
+    request_: str, body: bytes, hub: Hub, publish: Publish
+) -> None:
     hub.faults.append(Fault(*REQUESTS[request_], FOREVER, body=body))
     done = publish(*NAMED)
     assert done.code == 6, done.err
@@ -467,7 +560,9 @@ def test_answer_that_no_hub_gives_is_one_line(request_: str, body: bytes, hub: H
 
 
 @pytest.mark.parametrize("body", [b"[]", b"null", b"<html>"])
-def test_gateway_that_answers_for_the_hub_is_one_line(body: bytes, hub: Hub, publish: Publish) -> None:
+def test_gateway_that_answers_for_the_hub_is_one_line(
+    body: bytes, hub: Hub, publish: Publish
+) -> None:
     hub.faults.append(Fault("GET", "/api/models/anna", FOREVER, status=502, body=body))
     done = publish(*NAMED)
     assert (done.code, "Traceback" in done.err) == (6, False)
@@ -492,7 +587,12 @@ def test_debug_shows_no_token_and_no_signature(fault: Fault, hub: Hub, publish: 
 def test_warning_of_the_hub_is_repeated_without_the_token(hub: Hub, publish: Publish) -> None:
     warning = {"X-HF-Warning": f"topic; your token {CANARY} is old"}
     hub.faults.append(
-        Fault("GET", "/api/models/anna/lora", status=404, headers={**warning, "X-Error-Code": "RepoNotFound"})
+        Fault(
+            "GET",
+            "/api/models/anna/lora",
+            status=404,
+            headers={**warning, "X-Error-Code": "RepoNotFound"},
+        )
     )
     done = publish(*NAMED)
     assert done.code == 0
@@ -513,7 +613,9 @@ def test_same_content_is_never_committed_twice(hub: Hub, publish: Publish, train
 
 
 @pytest.mark.parametrize("words", [(), ("--create_pr",)])
-def test_commit_whose_answer_is_lost_each_time_is_found(words: tuple[str, ...], hub: Hub, publish: Publish) -> None:
+def test_commit_whose_answer_is_lost_each_time_is_found(
+    words: tuple[str, ...], hub: Hub, publish: Publish
+) -> None:
     assert publish(*NAMED).code == 0
     hub.faults.append(Fault("POST", "/commit/", FOREVER, lose=True))
     assert publish(*NAMED, "--license", "mit", *words).code == 0
@@ -535,7 +637,10 @@ def test_repository_that_moves_after_the_plan_is_left_alone_with_both_shas_named
     hub.faults.append(Fault("POST", "/commit/", act=move, status=status))
     done = publish(*NAMED, "--license", "mit")
     assert (done.code, repository.commits) == (6, 3)
-    assert f"was at {planned} when this was planned, and is at {repository.branches['main']}" in done.last_line
+    assert (
+        f"was at {planned} when this was planned, and is at {repository.branches['main']}"
+        in done.last_line
+    )
     assert repository.files["notes.txt"] == b"mine"
     assert publish(*NAMED, "--license", "mit").code == 0
     assert repository.files["notes.txt"] == b"mine"
@@ -557,7 +662,9 @@ def test_commit_under_a_later_one_is_not_called_nothing(hub: Hub, publish: Publi
     assert "look at its history" in done.last_line
 
 
-def test_commit_that_cannot_be_looked_for_is_said_not_to_be_known(hub: Hub, publish: Publish) -> None:
+def test_commit_that_cannot_be_looked_for_is_said_not_to_be_known(
+    hub: Hub, publish: Publish
+) -> None:
     hub.faults.append(Fault("POST", "/commit/", lose=True, after=lambda: hub.faults.append(down)))
     down = Fault("GET", "/api/models/anna/lora", FOREVER, status=503)
     done = publish(*NAMED)
@@ -566,7 +673,9 @@ def test_commit_that_cannot_be_looked_for_is_said_not_to_be_known(hub: Hub, publ
     assert "run the same command again" in done.last_line
 
 
-def test_repository_that_appears_meanwhile_is_left_alone(hub: Hub, publish: Publish, bloom: Path) -> None:
+def test_repository_that_appears_meanwhile_is_left_alone(
+    hub: Hub, publish: Publish, bloom: Path
+) -> None:
     def appear() -> None:
         hub.put_model("anna/lora", bloom, private=True)
 
@@ -576,7 +685,9 @@ def test_repository_that_appears_meanwhile_is_left_alone(hub: Hub, publish: Publ
     assert "was made by somebody else meanwhile" in done.last_line
 
 
-def test_repository_made_public_while_it_is_verified_is_not_called_verified(hub: Hub, publish: Publish) -> None:
+def test_repository_made_public_while_it_is_verified_is_not_called_verified(
+    hub: Hub, publish: Publish
+) -> None:
     def expose() -> None:
         hub.models["anna/lora"].private = False
 
@@ -586,7 +697,9 @@ def test_repository_made_public_while_it_is_verified_is_not_called_verified(hub:
     assert "the repository was changed while it was verified" in done.last_line
 
 
-def test_answer_with_a_commit_that_is_none_is_not_believed(hub: Hub, publish: Publish, trained: Path) -> None:
+def test_answer_with_a_commit_that_is_none_is_not_believed(
+    hub: Hub, publish: Publish, trained: Path
+) -> None:
     answer = {"commitOid": "main", "commitUrl": f"{HUB_URL}/anna/lora/commit/main"}
     hub.faults.append(Fault("POST", "/commit/", FOREVER, body=json.dumps(answer).encode()))
     done = publish(*NAMED)
@@ -594,7 +707,9 @@ def test_answer_with_a_commit_that_is_none_is_not_believed(hub: Hub, publish: Pu
     assert "the Hub answered without a commit; nothing was committed" in done.last_line
 
 
-def test_tag_that_is_not_there_afterwards_is_not_stated(hub: Hub, publish: Publish, trained: Path) -> None:
+def test_tag_that_is_not_there_afterwards_is_not_stated(
+    hub: Hub, publish: Publish, trained: Path
+) -> None:
     hub.faults.append(Fault("POST", "/tag/", body=b"{}"))
     done = publish(*NAMED, "--tag", "v1")
     assert (done.code, (trained / "published.json").exists()) == (6, False)
@@ -602,7 +717,9 @@ def test_tag_that_is_not_there_afterwards_is_not_stated(hub: Hub, publish: Publi
 
 
 def test_conflict_without_a_new_commit_passes(hub: Hub, publish: Publish) -> None:
-    hub.faults.append(Fault("POST", "/commit/", status=409, message="another operation is in progress"))
+    hub.faults.append(
+        Fault("POST", "/commit/", status=409, message="another operation is in progress")
+    )
     assert publish(*NAMED).code == 0
     assert hub.models["anna/lora"].commits == 2
 
@@ -615,14 +732,19 @@ def test_publication_killed_in_mid_upload_is_one_commit_after_a_second_run(
     (trained.parent / "tmp").mkdir()
     for attempt, number in enumerate((signal.SIGTERM, signal.SIGKILL), start=1):
         hub.faults.append(Fault("PUT", "/lfs/", delay=30))
-        killed = subprocess.Popen(words, env=places, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        killed = subprocess.Popen(
+            words, env=places, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         while hub.asked("PUT", "/lfs/") < attempt:
             assert killed.poll() is None
         killed.send_signal(number)
         _, err = killed.communicate()
         assert killed.returncode == (143 if number == signal.SIGTERM else -number)
         if number == signal.SIGTERM:
-            assert "error: interrupted: anna/lora may hold the commit, unverified; run the same" in err.splitlines()[-1]
+            assert (
+                "error: interrupted: anna/lora may hold the commit, unverified; run the same"
+                in err.splitlines()[-1]
+            )
             assert not list((trained.parent / "tmp").iterdir())
     assert hub.models["anna/lora"].commits == 1
     assert not (trained / "published.json").exists()
@@ -672,7 +794,9 @@ def test_link_in_the_place_of_a_file_is_refused(
     assert "expected a regular file" in done.last_line
 
 
-@pytest.mark.parametrize("name", ["аdapter_model.safetensors", "adapter_model.safetensors\u200b", "notes"])
+@pytest.mark.parametrize(
+    "name", ["аdapter_model.safetensors", "adapter_model.safetensors\u200b", "notes"]
+)
 def test_name_that_looks_like_another_or_leads_elsewhere_is_refused(
     name: str, hub: Hub, publish: Publish, trained: Path
 ) -> None:
@@ -686,14 +810,17 @@ def test_name_that_looks_like_another_or_leads_elsewhere_is_refused(
 
 
 def restate(trained: Path) -> None:
-    """run.json with the sha256 of the adapter that is there now, as whoever changed both would write it."""
+    """run.json with the sha256 of the adapter that is there now, as whoever changed both would
+    write it."""
     run_json = json.loads((trained / "run.json").read_text())
     content = (trained / "adapter" / "adapter_model.safetensors").read_bytes()
     run_json["result"]["adapter_sha256"] = sha256(content).hexdigest()
     (trained / "run.json").write_text(json.dumps(run_json))
 
 
-def test_link_in_the_place_of_the_adapter_s_folder_is_refused(hub: Hub, publish: Publish, trained: Path) -> None:
+def test_link_in_the_place_of_the_adapter_s_folder_is_refused(
+    hub: Hub, publish: Publish, trained: Path
+) -> None:
     (trained / "adapter").rename(trained.parent / "elsewhere")
     (trained / "adapter").symlink_to(trained.parent / "elsewhere")
     done = publish(*NAMED)
@@ -701,8 +828,12 @@ def test_link_in_the_place_of_the_adapter_s_folder_is_refused(hub: Hub, publish:
     assert "adapter/ is a link to another folder" in done.err
 
 
-@pytest.mark.parametrize("fault", ["torn", "NaN", "base weight", "another rank", "metadata", "no JSON"])
-def test_adapter_that_is_not_the_run_s_is_refused(fault: str, hub: Hub, publish: Publish, trained: Path) -> None:
+@pytest.mark.parametrize(
+    "fault", ["torn", "NaN", "base weight", "another rank", "metadata", "no JSON"]
+)
+def test_adapter_that_is_not_the_run_s_is_refused(
+    fault: str, hub: Hub, publish: Publish, trained: Path
+) -> None:
     path = trained / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
     first = next(iter(tensors))
@@ -738,13 +869,33 @@ def test_changed_adapter_is_refused_by_its_hash(hub: Hub, publish: Publish, trai
     ("words", "code", "says"),
     [
         (("--base_model", "./bloom"), 6, "--base_model: found './bloom', expected OWNER/NAME"),
-        (("--base_model", "/models/bloom"), 6, "--base_model: found '/models/bloom', expected OWNER/NAME"),
-        (("--license", "Apache 2.0"), 2, "--license: found 'Apache 2.0', expected an id such as apache-2.0"),
-        (("--tag", "my tag"), 2, "--tag: found 'my tag', expected letters, digits, dots and dashes"),
-        (("--revision", "../main"), 2, "--revision: found '../main', expected the name of a branch"),
+        (
+            ("--base_model", "/models/bloom"),
+            6,
+            "--base_model: found '/models/bloom', expected OWNER/NAME",
+        ),
+        (
+            ("--license", "Apache 2.0"),
+            2,
+            "--license: found 'Apache 2.0', expected an id such as apache-2.0",
+        ),
+        (
+            ("--tag", "my tag"),
+            2,
+            "--tag: found 'my tag', expected letters, digits, dots and dashes",
+        ),
+        (
+            ("--revision", "../main"),
+            2,
+            "--revision: found '../main', expected the name of a branch",
+        ),
         (("--license", "\udcff"), 2, "found a flag that is not UTF-8"),
         (("--language", "English"), 2, "--language: found 'English', expected a code such as en"),
-        (("--base_model", "bigscience/bloom-7b1"), 2, "is under bigscience-bloom-rail-1.0, which binds what is"),
+        (
+            ("--base_model", "bigscience/bloom-7b1"),
+            2,
+            "is under bigscience-bloom-rail-1.0, which binds what is",
+        ),
     ],
 )
 def test_metadata_that_the_card_could_not_state_are_refused(
@@ -755,7 +906,9 @@ def test_metadata_that_the_card_could_not_state_are_refused(
     assert says in done.err
 
 
-def test_bloom_s_licence_is_inherited_and_pointed_to(hub: Hub, publish: Publish, bloom: Path) -> None:
+def test_bloom_s_licence_is_inherited_and_pointed_to(
+    hub: Hub, publish: Publish, bloom: Path
+) -> None:
     hub.put_model("bigscience/bloom-7b1", bloom)
     done = publish("--repo_id", "anna/lora", "--base_model", "bigscience/bloom-7b1")
     assert done.code == 0, done.err
@@ -767,14 +920,18 @@ def test_bloom_s_licence_is_inherited_and_pointed_to(hub: Hub, publish: Publish,
 # P11, P12, P13: another Hub, another moment, other bytes.
 
 
-def test_offline_is_said_and_not_tried(hub: Hub, publish: Publish, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_is_said_and_not_tried(
+    hub: Hub, publish: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     done = publish(*NAMED)
     assert (done.code, hub.requests) == (6, [])
     assert done.last_line == "error: HF_HUB_OFFLINE is set: publishing needs the network; unset it"
 
 
-def test_files_that_change_while_they_are_sent_are_sent_as_planned(hub: Hub, publish: Publish, trained: Path) -> None:
+def test_files_that_change_while_they_are_sent_are_sent_as_planned(
+    hub: Hub, publish: Publish, trained: Path
+) -> None:
     path = trained / "adapter" / "adapter_model.safetensors"
     planned = path.read_bytes()
 
@@ -800,7 +957,9 @@ def test_download_with_one_wrong_byte_is_not_called_published(
     assert "published" not in done.out.splitlines()[-1]
 
 
-def test_hub_that_keeps_other_bytes_or_none_is_not_called_published(hub: Hub, publish: Publish, trained: Path) -> None:
+def test_hub_that_keeps_other_bytes_or_none_is_not_called_published(
+    hub: Hub, publish: Publish, trained: Path
+) -> None:
     def forget() -> None:
         del hub.models["anna/lora"].files["adapter_config.json"]
 
@@ -810,7 +969,9 @@ def test_hub_that_keeps_other_bytes_or_none_is_not_called_published(hub: Hub, pu
     assert "adapter_config.json is served as no such file" in done.last_line
 
 
-def test_logits_from_the_hub_are_those_of_the_run_or_it_says_so(hub: Hub, publish: Publish, other_bloom: Path) -> None:
+def test_logits_from_the_hub_are_those_of_the_run_or_it_says_so(
+    hub: Hub, publish: Publish, other_bloom: Path
+) -> None:
     assert publish(*NAMED, "--verify_logits").code == 0
     hub.put_model("owner/other", other_bloom)  # the same config, other weights
     done = publish(*NAMED, "--base_model", "owner/other", "--verify_logits")
@@ -832,9 +993,18 @@ def test_private_base_cannot_be_compared_and_that_is_said_before_anything_is_sen
 def test_card_edited_on_the_hub_keeps_its_edits(hub: Hub, publish: Publish) -> None:
     assert publish(*NAMED).code == 0
     repository = hub.models["anna/lora"]
-    card = repository.files["README.md"].decode().replace("tags:\n", "thumbnail: a.png\ntags:\n- mine\n", 1)
-    edited = card.replace("\n---\n\n<!--", "\n---\n\nWritten by hand, above.\n\n<!--", 1) + "\nAnd below.\n"
-    repository.add({**repository.files, "README.md": edited.encode()}, parent=repository.branches["main"])
+    card = (
+        repository.files["README.md"]
+        .decode()
+        .replace("tags:\n", "thumbnail: a.png\ntags:\n- mine\n", 1)
+    )
+    edited = (
+        card.replace("\n---\n\n<!--", "\n---\n\nWritten by hand, above.\n\n<!--", 1)
+        + "\nAnd below.\n"
+    )
+    repository.add(
+        {**repository.files, "README.md": edited.encode()}, parent=repository.branches["main"]
+    )
     assert publish(*NAMED, "--evidence").code == 0
     assert repository.commits == 4
     now = ModelCard(repository.files["README.md"].decode())
@@ -848,12 +1018,19 @@ def test_card_edited_on_the_hub_keeps_its_edits(hub: Hub, publish: Publish) -> N
 # Everything together.
 
 
-def test_documented_flow_from_hub_ids_to_a_loaded_adapter(hub: Hub, bloom: Path, ragged: Path, tmp_path: Path) -> None:
-    """Train from a base and a dataset of the Hub under the real launcher, publish, run the card's own code."""
-    rows = {"rows.jsonl": ragged.read_bytes(), "README.md": b"---\nlicense: cc-by-4.0\n---\nRows.\n"}
+def test_documented_flow_from_hub_ids_to_a_loaded_adapter(
+    hub: Hub, bloom: Path, ragged: Path, tmp_path: Path
+) -> None:
+    """Train from a base and a dataset of the Hub under the real launcher, publish, run the card's
+    own code."""
+    rows = {
+        "rows.jsonl": ragged.read_bytes(),
+        "README.md": b"---\nlicense: cc-by-4.0\n---\nRows.\n",
+    }
     hub.put_dataset("owner/rows", rows)
     base, data = (
-        kind[name].branches["main"] for kind, name in ((hub.models, "owner/base"), (hub.datasets, "owner/rows"))
+        kind[name].branches["main"]
+        for kind, name in ((hub.models, "owner/base"), (hub.datasets, "owner/rows"))
     )
     online = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": CANARY}
     used = published_settings(Path("owner/base"), Path("owner/rows"), tmp_path / "run")
@@ -862,22 +1039,38 @@ def test_documented_flow_from_hub_ids_to_a_loaded_adapter(hub: Hub, bloom: Path,
     dry_run = f"python -m loop.publish {tmp_path / 'run'} --repo_id OWNER/NAME --dry_run"
     assert trained.stdout.rstrip().endswith(dry_run)
     assert {token for _, _, token in hub.requests} == {None}  # training has none
-    assert all(re.search("owner/(base|rows)", path) for _, path, _ in hub.requests)  # and asks for nothing else
+    assert all(
+        re.search("owner/(base|rows)", path) for _, path, _ in hub.requests
+    )  # and asks for nothing else
     words = [sys.executable, "-m", "loop.publish", str(tmp_path / "run"), "--repo_id", "anna/lora"]
     words += ["--license", "mit", "--language", "en", "--verify_logits"]
-    done = subprocess.run(words, env={**user_environment(), **online}, capture_output=True, text=True)
+    done = subprocess.run(
+        words, env={**user_environment(), **online}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     files = hub.models["anna/lora"].files
-    assert set(files) == SENT - {"tokenizer.json", "tokenizer_config.json"} | MADE_BY_THE_HUB  # the base has them
+    assert (
+        set(files) == SENT - {"tokenizer.json", "tokenizer_config.json"} | MADE_BY_THE_HUB
+    )  # the base has them
     card = ModelCard(files["README.md"].decode())
-    assert (card.data.base_model, card.data.datasets, card.data.language) == ("owner/base", ["owner/rows"], "en")
+    assert (card.data.base_model, card.data.datasets, card.data.language) == (
+        "owner/base",
+        ["owner/rows"],
+        "en",
+    )
     assert f'from_pretrained("owner/base", revision="{base}"' in card.text
-    assert f"[owner/rows](https://huggingface.co/datasets/owner/rows) at commit `{data}`" in card.text
+    assert (
+        f"[owner/rows](https://huggingface.co/datasets/owner/rows) at commit `{data}`" in card.text
+    )
     code = re.search(r"```python\n(.+?)```", card.text, flags=re.DOTALL)
     assert code is not None
     loaded = subprocess.run(
         [sys.executable, "-c", code[1]],
-        env={**os.environ, **online, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0"},  # as a user's own Python has it
+        env={
+            **os.environ,
+            **online,
+            "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0",
+        },  # as a user's own Python has it
         capture_output=True,
         text=True,
     )

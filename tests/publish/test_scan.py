@@ -1,4 +1,5 @@
-"""What is found in a text that is about to be published, and what is left alone. No secret here is anybody's."""
+"""What is found in a text that is about to be published, and what is left alone. No secret here is
+anybody's."""
 
 import json
 import pwd
@@ -19,7 +20,9 @@ from loop.publish.scan import findings, machine_names, mask
 from tests.conftest import flags
 from tests.processes import run
 
-HUB_TOKEN = "hf_" + "aB3" * 11  # put together here, so that no scan of this repository takes it for one
+HUB_TOKEN = (
+    "hf_" + "aB3" * 11
+)  # put together here, so that no scan of this repository takes it for one
 SECRETS = {  # a secret -> what is said of it
     HUB_TOKEN: "token of the Hub, hf_a****",
     "sk-" + "aB3-" * 8: "API key, sk-a****",
@@ -43,7 +46,9 @@ SECRETS = {  # a secret -> what is said of it
     "PASSWD = 'geheim12'": "password, PASS****",
     "api_key: geheim12": "password, api_****",
     '"apiKey": "geheim12"': "password, apiK****",
-    r"{\"auth_token\": \"geheim12\"}": "password, auth****",  # as it stands in a JSON text within JSON
+    r"{\"auth_token\": \"geheim12\"}": (  # as it stands in a JSON text within JSON
+        "password, auth****"
+    ),
 }
 PATHS = {
     "/home/carla/run": "absolute path, /hom****",
@@ -124,12 +129,17 @@ def test_a_secret_is_found_with_its_line_and_is_not_told(secret: str, said: str)
     "around", ["{}", '"{}"', "`{}`", "({})", "={}", "/{}/", "> {}", '    "adapter": "{}"', r"a\n{}"]
 )
 def test_a_token_is_found_whatever_it_stands_in(around: str) -> None:
-    assert findings("run.json", around.format(HUB_TOKEN)) == ["run.json:1: token of the Hub, hf_a****"]
+    assert findings("run.json", around.format(HUB_TOKEN)) == [
+        "run.json:1: token of the Hub, hf_a****"
+    ]
 
 
 @pytest.mark.usefixtures("nobody")
 def test_everything_in_a_text_is_found_in_the_order_of_its_lines() -> None:
-    text = f"/home/carla/run\r\n\n{HUB_TOKEN} and again {HUB_TOKEN}\npassword=geheim12 in /Users/carla\n"
+    text = (
+        f"/home/carla/run\r\n\n{HUB_TOKEN} and again {HUB_TOKEN}\npassword=geheim12 in"
+        " /Users/carla\n"
+    )
     assert findings("a", text) == [
         "a:1: absolute path, /hom****",
         "a:3: token of the Hub, hf_a****",
@@ -141,9 +151,17 @@ def test_everything_in_a_text_is_found_in_the_order_of_its_lines() -> None:
 
 @pytest.mark.parametrize(
     ("found", "masked"),
-    [("hf_abcdefgh", "hf_a****"), ("/a/b/c/d", "/a/b****"), ("anna", "an****"), ("bob", "b****"), ("x", "****")],
+    [
+        ("hf_abcdefgh", "hf_a****"),
+        ("/a/b/c/d", "/a/b****"),
+        ("anna", "an****"),
+        ("bob", "b****"),
+        ("x", "****"),
+    ],
 )
-def test_a_mask_shows_no_more_than_half_and_no_more_than_four_characters(found: str, masked: str) -> None:
+def test_a_mask_shows_no_more_than_half_and_no_more_than_four_characters(
+    found: str, masked: str
+) -> None:
     assert mask(found) == masked
 
 
@@ -152,14 +170,18 @@ def test_a_mask_shows_no_more_than_half_and_no_more_than_four_characters(found: 
 
 @pytest.mark.usefixtures("nobody")
 @pytest.mark.parametrize(("path", "said"), PATHS.items())
-@pytest.mark.parametrize("around", ["{}", '"{}"', "see {} there", "a={}", "a: {}", "[a]({})", "> {}"])
+@pytest.mark.parametrize(
+    "around", ["{}", '"{}"', "see {} there", "a={}", "a: {}", "[a]({})", "> {}"]
+)
 def test_an_absolute_path_is_found_with_its_line(path: str, said: str, around: str) -> None:
     assert findings("README.md", "first\n" + around.format(path)) == [f"README.md:2: {said}"]
 
 
 @pytest.mark.usefixtures("nobody")
 def test_an_absolute_path_is_found_behind_a_line_end_as_json_spells_it() -> None:
-    assert findings("run.json", json.dumps("see\n/home/carla/run")) == ["run.json:1: absolute path, /hom****"]
+    assert findings("run.json", json.dumps("see\n/home/carla/run")) == [
+        "run.json:1: absolute path, /hom****"
+    ]
 
 
 @pytest.mark.usefixtures("anna")
@@ -188,11 +210,15 @@ def test_in_a_vocabulary_only_secrets_are_looked_for() -> None:
     ],
 )
 def test_the_names_of_user_and_machine_are_found(line: str, said: str) -> None:
-    assert findings("README.md", f"\n{line}\n") == [f"README.md:2: name of a user or machine, {said}"]
+    assert findings("README.md", f"\n{line}\n") == [
+        f"README.md:2: name of a user or machine, {said}"
+    ]
 
 
 @pytest.mark.usefixtures("anna")
-@pytest.mark.parametrize("line", ["annabel", "susanna", "anna_b", "kisten", "Anna Karenina", "ANNA", ""])
+@pytest.mark.parametrize(
+    "line", ["annabel", "susanna", "anna_b", "kisten", "Anna Karenina", "ANNA", ""]
+)
 def test_a_word_that_only_contains_a_name_is_left_alone(line: str) -> None:
     assert findings("README.md", line) == []
 
@@ -201,7 +227,12 @@ def test_a_word_that_only_contains_a_name_is_left_alone(line: str) -> None:
     ("user", "host", "home", "names"),
     [
         ("anna", "kiste", "/home/anna", {"anna", "kiste"}),
-        ("anna", "kiste.example.org", "/data/a.berg/", {"anna", "a.berg", "kiste", "kiste.example.org"}),
+        (
+            "anna",
+            "kiste.example.org",
+            "/data/a.berg/",
+            {"anna", "a.berg", "kiste", "kiste.example.org"},
+        ),
         ("root", "localhost", "/root", set()),
         ("runner", "Ubuntu", "/home/runner", set()),
         ("jo", "vm", "/", set()),  # two letters are in every second line
@@ -215,12 +246,16 @@ def test_a_machine_has_these_names(
 
 
 @pytest.mark.parametrize("word", ["root", "runner", "localhost", "user", "ubuntu"])
-def test_a_name_that_everybody_has_is_not_reported(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+def test_a_name_that_everybody_has_is_not_reported(
+    monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
     known_as(monkeypatch, word, word)
     assert findings("README.md", f"{word} and the {word} of things") == []
 
 
-def test_a_container_without_a_list_of_users_has_its_hosts_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_container_without_a_list_of_users_has_its_hosts_name_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def nobody_of(_number: int) -> None:
         raise KeyError("uid not found")
 
@@ -233,10 +268,16 @@ def test_a_container_without_a_list_of_users_has_its_hosts_name_only(monkeypatch
 
 @pytest.mark.usefixtures("anna")
 @pytest.mark.parametrize("start", ["> ", "  > ", '    "adapter": "', '"base": "'])
-def test_in_a_samples_line_a_name_is_a_word_of_the_models_and_a_secret_is_a_secret(start: str) -> None:
+def test_in_a_samples_line_a_name_is_a_word_of_the_models_and_a_secret_is_a_secret(
+    start: str,
+) -> None:
     assert findings("run.json", f"\n{start}Dear anna,\n") == []
-    assert findings("run.json", f"\n{start}Dear anna, {HUB_TOKEN}\n") == ["run.json:2: token of the Hub, hf_a****"]
-    assert findings("run.json", f"{start}Dear\nanna") == ["run.json:2: name of a user or machine, an****"]
+    assert findings("run.json", f"\n{start}Dear anna, {HUB_TOKEN}\n") == [
+        "run.json:2: token of the Hub, hf_a****"
+    ]
+    assert findings("run.json", f"{start}Dear\nanna") == [
+        "run.json:2: name of a user or machine, an****"
+    ]
 
 
 # What may stand there
@@ -251,11 +292,19 @@ def test_what_only_looks_like_one_is_left_alone(text: str, around: str) -> None:
 
 @pytest.mark.usefixtures("anna")
 @pytest.mark.parametrize(
-    "line", ["# anna/demo", '"anna/demo"', "https://huggingface.co/anna/demo/tree/main", "base_model:adapter:anna/demo"]
+    "line",
+    [
+        "# anna/demo",
+        '"anna/demo"',
+        "https://huggingface.co/anna/demo/tree/main",
+        "base_model:adapter:anna/demo",
+    ],
 )
 def test_a_public_id_may_stand_there_although_it_contains_a_name(line: str) -> None:
     assert findings("README.md", line, ["anna/demo"]) == []
-    assert findings("README.md", line.replace("anna/demo", "demo/anna"), ["demo", "demo/anna"]) == []
+    assert (
+        findings("README.md", line.replace("anna/demo", "demo/anna"), ["demo", "demo/anna"]) == []
+    )
     assert findings("README.md", line) == ["README.md:1: name of a user or machine, an****"]
 
 
@@ -287,7 +336,9 @@ def test_plain_words_are_left_alone(text: str) -> None:
 @pytest.mark.usefixtures("nobody")
 @given(st.lists(st.text("abc :/\"'\\.@-", max_size=20), max_size=8), st.data())
 @examples(deadline=None)
-def test_a_token_between_any_lines_is_found_with_its_number(lines: list[str], data: st.DataObject) -> None:
+def test_a_token_between_any_lines_is_found_with_its_number(
+    lines: list[str], data: st.DataObject
+) -> None:
     place = data.draw(st.integers(0, len(lines)))
     text = "\n".join([*lines[:place], HUB_TOKEN, *lines[place:]])
     assert f"a:{place + 1}: token of the Hub, hf_a****" in findings("a", text)
@@ -298,7 +349,11 @@ def test_a_token_between_any_lines_is_found_with_its_number(lines: list[str], da
 def test_nothing_is_found_in_what_a_real_run_would_publish(
     settings: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    prompt = {"prompt_template": "Q:\n", "completion_template": "{text}", "sample_prompt": "A good friend"}
+    prompt = {
+        "prompt_template": "Q:\n",
+        "completion_template": "{text}",
+        "sample_prompt": "A good friend",
+    }
     run(flags(settings(max_steps=2, eval_fraction=0.2, **prompt)), tmp_path / "log")
     target = Target("anna/demo", "anna/bloom", None, license="mit", evidence=True)
     files = make_plan(read_evidence(tmp_path / "run"), target).files

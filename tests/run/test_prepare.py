@@ -19,7 +19,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def downloaded(bloom: Path) -> str:
-    """A Hub id whose branch `main` was downloaded before, as the Hub's client lays it out on disk."""
+    """A Hub id whose branch `main` was downloaded before, as the Hub's client lays it out on
+    disk."""
     folder = Path(HF_HUB_CACHE) / "models--somebody--bloom"
     shutil.copytree(bloom, folder / "snapshots" / COMMIT, dirs_exist_ok=True)
     (folder / "refs").mkdir(exist_ok=True)
@@ -38,7 +39,8 @@ def test_a_base_that_was_downloaded_trains_offline_and_its_commit_is_recorded(
     adapter = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("somebody/bloom", COMMIT)
     said = (
-        f"not pinned: model_revision main is commit {COMMIT} today; write model_revision: {COMMIT} to repeat this run"
+        f"not pinned: model_revision main is commit {COMMIT} today; write model_revision: {COMMIT}"
+        " to repeat this run"
     )
     assert said in launched.text().splitlines()
 
@@ -55,16 +57,25 @@ def test_a_base_of_a_folder_needs_no_notice(settings: Settings, tmp_path: Path) 
 def test_a_base_in_float16_without_a_loss_scale_is_refused_before_anything_is_loaded(
     settings: Settings, tmp_path: Path
 ) -> None:
-    launched = start(flags(settings(dtype="float16", model_name_or_path="nobody/nothing")), tmp_path / "log")
+    launched = start(
+        flags(settings(dtype="float16", model_name_or_path="nobody/nothing")), tmp_path / "log"
+    )
     assert launched.wait() == [2], launched.text()
-    words = "error: dtype: float16 needs mixed_precision: fp16, as in launch_configs/one_gpu_fp16.yaml\n"
+    words = (
+        "error: dtype: float16 needs mixed_precision: fp16, as in"
+        " launch_configs/one_gpu_fp16.yaml\n"
+    )
     assert launched.text() == words
 
 
-def test_held_out_rows_that_are_also_trained_on_are_reported(settings: Settings, tmp_path: Path) -> None:
+def test_held_out_rows_that_are_also_trained_on_are_reported(
+    settings: Settings, tmp_path: Path
+) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": f"row {i % 10} of ten"}) + "\n" for i in range(40)))
-    launched = run(flags(settings(dataset_name=str(rows), eval_fraction=0.25, max_steps=1)), tmp_path / "log")
+    launched = run(
+        flags(settings(dataset_name=str(rows), eval_fraction=0.25, max_steps=1)), tmp_path / "log"
+    )
     assert "10 held-out rows also in train" in launched.text().splitlines()[0]
 
 
@@ -85,14 +96,18 @@ def test_padding_and_the_fused_loss_can_be_switched_off_and_the_training_is_the_
     }
     found, said = {}, {}
     for name, changed in ways.items():
-        used = settings(output_dir=str(tmp_path / name), eval_fraction=0.2, learning_rate=1e-3, **changed)
+        used = settings(
+            output_dir=str(tmp_path / name), eval_fraction=0.2, learning_rate=1e-3, **changed
+        )
         said[name] = run(flags(used), tmp_path / f"{name}.log").text()
         found[name] = results(tmp_path / name)
     expected = found["plain"][1]
     for name, (identity, lines) in found.items():
         assert identity["padding_free"] is ("padding_free" not in ways[name])
         assert ("; padded rows, as asked" in said[name]) is not identity["padding_free"]
-        assert ("; rows end to end, no padding; hidden states within" in said[name]) is identity["padding_free"]
+        assert ("; rows end to end, no padding; hidden states within" in said[name]) is identity[
+            "padding_free"
+        ]
         for line, reference in zip(lines, expected, strict=True):
             if "loss" in line:
                 assert line["rows"] == reference["rows"]
@@ -101,7 +116,12 @@ def test_padding_and_the_fused_loss_can_be_switched_off_and_the_training_is_the_
                 assert (line["padded_tokens"] == line["tokens"]) is identity["padding_free"]
             else:
                 assert line["eval_loss"] == pytest.approx(reference["eval_loss"], abs=2e-5)
-    other = settings(output_dir=str(tmp_path / "fast"), eval_fraction=0.2, learning_rate=1e-3, padding_free="false")
+    other = settings(
+        output_dir=str(tmp_path / "fast"),
+        eval_fraction=0.2,
+        learning_rate=1e-3,
+        padding_free="false",
+    )
     refused = start(flags(other), tmp_path / "again.log")
     assert refused.wait() == [4], refused.text()
     assert "padding_free" in refused.text()

@@ -38,7 +38,8 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def finished(bloom: Path, ragged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of three steps in two sessions, the second on two processes; its log lies beside it."""
+    """The folder of a run of three steps in two sessions, the second on two processes; its log lies
+    beside it."""
     folder = tmp_path_factory.mktemp("record")
     knobs = {
         "model_name_or_path": bloom, "dataset_name": ragged, "output_dir": folder / "run", "max_steps": 3,
@@ -53,13 +54,17 @@ def finished(bloom: Path, ragged: Path, tmp_path_factory: pytest.TempPathFactory
 # Ledger and metrics
 
 
-def test_a_step_is_one_line_of_the_ledger_with_these_keys_and_one_of_the_metrics(tmp_path: Path) -> None:
+def test_a_step_is_one_line_of_the_ledger_with_these_keys_and_one_of_the_metrics(
+    tmp_path: Path,
+) -> None:
     record = Record(tmp_path, EMPTY, first_step=0, num_steps=2, logging_steps=1)
     record.evaluation(0, 6.5, 99)
     record.step(step(0), loss=2.5, grad_norm=0.5, rate=1e-3, device=CPU)
     assert record.ledger.sync().lines == 2
     record.close()
-    evaluation, line = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    evaluation, line = [
+        json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()
+    ]
     chain = {"prev", "hash"}
     assert {key: evaluation[key] for key in evaluation.keys() - chain} == {
         "step": 0, "eval_loss": 6.5, "eval_target_tokens": 99,
@@ -79,7 +84,11 @@ def test_a_step_is_one_line_of_the_ledger_with_these_keys_and_one_of_the_metrics
 
 
 def test_nothing_volatile_is_in_the_ledger(finished: Path) -> None:
-    words = {key for line in (finished / "ledger.jsonl").read_text().splitlines() for key in json.loads(line)}
+    words = {
+        key
+        for line in (finished / "ledger.jsonl").read_text().splitlines()
+        for key in json.loads(line)
+    }
     assert words == {
         "step", "epoch", "rows", "target_tokens", "tokens", "padded_tokens", "micro_batches", "loss", "grad_norm",
         "learning_rate", "eval_loss", "eval_target_tokens", "prev", "hash",
@@ -87,9 +96,22 @@ def test_nothing_volatile_is_in_the_ledger(finished: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "torn", ["", '{"step": 4, "sec', "\x00\x00\x00", "garbage", "5", "[]", '{"step": null}', '{"second": 1}', "\n\n"]
+    "torn",
+    [
+        "",
+        '{"step": 4, "sec',
+        "\x00\x00\x00",
+        "garbage",
+        "5",
+        "[]",
+        '{"step": null}',
+        '{"second": 1}',
+        "\n\n",
+    ],
 )
-def test_metrics_are_cut_back_to_the_checkpoint_and_a_torn_last_line_is_dropped(tmp_path: Path, torn: str) -> None:
+def test_metrics_are_cut_back_to_the_checkpoint_and_a_torn_last_line_is_dropped(
+    tmp_path: Path, torn: str
+) -> None:
     lines = [json.dumps({"step": number, "seconds": 0.5}) + "\n" for number in range(4)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines) + torn)
     record = Record(tmp_path, EMPTY, first_step=2, num_steps=4, logging_steps=1)
@@ -130,7 +152,9 @@ def test_peak_memory_is_that_of_this_process_in_bytes() -> None:
     assert 50e6 < peak_memory(CPU) < 1e12  # torch alone is above 50 MB
 
 
-@pytest.mark.parametrize(("nats", "expected"), [(0.0, 1.0), (1.0, 2.718281828459045), (800.0, float("inf"))])
+@pytest.mark.parametrize(
+    ("nats", "expected"), [(0.0, 1.0), (1.0, 2.718281828459045), (800.0, float("inf"))]
+)
 def test_perplexity_is_e_to_the_loss(nats: float, expected: float) -> None:
     assert perplexity(nats) == pytest.approx(expected)
 
@@ -166,9 +190,13 @@ def test_run_json_names_the_source_by_its_hash(finished: Path) -> None:
         Path(loop.__file__).parent,
         "import loop.train, sys; print(*(m for m in sys.modules if 'loop.' in m))",
     )
-    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    modules = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     paths = [
-        folder.parent.joinpath(*name.split(".")).with_suffix(".py") for name in modules if name.startswith("loop.")
+        folder.parent.joinpath(*name.split(".")).with_suffix(".py")
+        for name in modules
+        if name.startswith("loop.")
     ]
     source = hashlib.sha256()
     for path in sorted(path for path in paths if path.is_file()):
@@ -179,16 +207,22 @@ def test_run_json_names_the_source_by_its_hash(finished: Path) -> None:
 
 def test_run_json_names_the_commit_where_there_is_a_checkout(finished: Path) -> None:
     folder = Path(loop.__file__).parent
-    git = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    (session, _) = json.loads((finished / "run.json").read_bytes())["sessions"]
+    git = subprocess.run(
+        ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    session, _ = json.loads((finished / "run.json").read_bytes())["sessions"]
     expected = {git.stdout.strip(), git.stdout.strip() + "+"} if git.returncode == 0 else {None}
     assert session["source_commit"] in expected
 
 
-def test_run_json_says_what_was_trained_on_what_and_what_came_out(finished: Path, bloom: Path, ragged: Path) -> None:
+def test_run_json_says_what_was_trained_on_what_and_what_came_out(
+    finished: Path, bloom: Path, ragged: Path
+) -> None:
     text = (finished / "run.json").read_text()
     manifest = json.loads(text)
-    spelling = json.dumps(manifest["identity"], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    spelling = json.dumps(
+        manifest["identity"], sort_keys=True, separators=(",", ":"), ensure_ascii=False
+    )
     assert manifest["identity_sha256"] == hashlib.sha256(spelling.encode()).hexdigest()
     assert (manifest["base"]["name"], manifest["base"]["commit"]) == (bloom.name, None)
     assert manifest["data"]["templates"] == ["{text}"]
@@ -198,16 +232,25 @@ def test_run_json_says_what_was_trained_on_what_and_what_came_out(finished: Path
     adapter = (finished / "adapter" / "adapter_model.safetensors").read_bytes()
     assert manifest["result"]["adapter_sha256"] == hashlib.sha256(adapter).hexdigest()
     last = json.loads((finished / "ledger.jsonl").read_text().splitlines()[-1])
-    assert (manifest["result"]["ledger_head"], manifest["result"]["eval_loss"]) == (last["hash"], last["eval_loss"])
+    assert (manifest["result"]["ledger_head"], manifest["result"]["eval_loss"]) == (
+        last["hash"],
+        last["eval_loss"],
+    )
     assert not any(str(place.parent) in text for place in (finished, bloom, ragged))
 
 
 def test_run_json_names_the_tokenizer_by_its_rules_special_tokens_and_chat_template(
     finished: Path, bloom: Path
 ) -> None:
-    rules = {**json.loads((bloom / "tokenizer.json").read_text()), "truncation": None, "padding": None}
+    rules = {
+        **json.loads((bloom / "tokenizer.json").read_text()),
+        "truncation": None,
+        "padding": None,
+    }
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    spelling = json.dumps([rules, named, None], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    spelling = json.dumps(
+        [rules, named, None], sort_keys=True, separators=(",", ":"), ensure_ascii=False
+    )
     base = json.loads((finished / "run.json").read_bytes())["base"]
     assert base["tokenizer_sha256"] == hashlib.sha256(spelling.encode()).hexdigest()
 

@@ -19,7 +19,13 @@ from torch import Tensor
 
 import loop
 from loop.errors import CheckpointError, NonFiniteError
-from loop.state.checkpoint import Checkpoint, list_checkpoints, prune_checkpoints, read_checkpoint, write_checkpoint
+from loop.state.checkpoint import (
+    Checkpoint,
+    list_checkpoints,
+    prune_checkpoints,
+    read_checkpoint,
+    write_checkpoint,
+)
 from loop.state.ledger import LedgerPosition
 from tests.conftest import flags
 from tests.processes import run, start
@@ -35,13 +41,23 @@ LAYERS = "base_model.model.transformer.h.{}.self_attention.query_key_value.lora_
 
 
 def small(step: int = 7) -> Checkpoint:
-    """With what an exact copy is easily lost on: negative zero, a denormal, an empty tensor, several dtypes."""
+    """With what an exact copy is easily lost on: negative zero, a denormal, an empty tensor,
+    several dtypes."""
     return Checkpoint(
         step=step,
-        identity={"seed": 42, "lora_r": 4, "learning_rate": 0.1, "lora_target_modules": ["a", "b"], "text": "é"},
+        identity={
+            "seed": 42,
+            "lora_r": 4,
+            "learning_rate": 0.1,
+            "lora_target_modules": ["a", "b"],
+            "text": "é",
+        },
         ledger=LedgerPosition(lines=9, bytes=1234, head="ab" * 32),
         adapter_config=b'{\n  "r": 4\n}\n',
-        adapter={"b.weight": torch.tensor([[1e-40, -0.0], [3.0, 1 / 3]]), "a.weight": torch.empty(0, 4)},
+        adapter={
+            "b.weight": torch.tensor([[1e-40, -0.0], [3.0, 1 / 3]]),
+            "a.weight": torch.empty(0, 4),
+        },
         optimizer={
             "b.weight.exp_avg": torch.tensor([[1.0, 2.0], [3.0, -4.0]], dtype=torch.bfloat16),
             "b.weight.exp_avg_sq": torch.tensor([[1e-12, 0.0], [1.0, 2.0]], dtype=torch.float64),
@@ -51,9 +67,16 @@ def small(step: int = 7) -> Checkpoint:
 
 
 def bits(tensors: dict[str, Tensor]) -> dict[str, tuple[Any, ...]]:
-    """Names, dtypes, shapes and bytes: what `torch.equal` would let differ in a sign of zero or a dtype."""
-    flat = {name: tensor.detach().contiguous().view(-1).view(torch.uint8) for name, tensor in tensors.items()}
-    return {name: (tensor.dtype, tensor.shape, flat[name].numpy().tobytes()) for name, tensor in tensors.items()}
+    """Names, dtypes, shapes and bytes: what `torch.equal` would let differ in a sign of zero or a
+    dtype."""
+    flat = {
+        name: tensor.detach().contiguous().view(-1).view(torch.uint8)
+        for name, tensor in tensors.items()
+    }
+    return {
+        name: (tensor.dtype, tensor.shape, flat[name].numpy().tobytes())
+        for name, tensor in tensors.items()
+    }
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -61,7 +84,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def rebuild_manifest(folder: Path, **changed: Any) -> None:
-    """The manifest of the files as they lie there now, by the specification and not by the code under test."""
+    """The manifest of the files as they lie there now, by the specification and not by the code
+    under test."""
 
     def spelling(value: Any) -> bytes:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
@@ -70,7 +94,10 @@ def rebuild_manifest(folder: Path, **changed: Any) -> None:
     del manifest["manifest_sha256"]
     for name in manifest["files"]:
         content = (folder / name).read_bytes()
-        manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        manifest["files"][name] = {
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
     manifest["identity_sha256"] = hashlib.sha256(
         spelling(json.loads((folder / "state.json").read_bytes())["identity"])
     ).hexdigest()
@@ -83,8 +110,19 @@ def rebuild_manifest(folder: Path, **changed: Any) -> None:
 def checkpoints(bloom: Path, ragged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoints of a real run, after 2 and after 4 updates."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    knobs = {"model_name_or_path": bloom, "dataset_name": ragged, "output_dir": folder / "run", "lora_r": 2}
-    knobs |= {"max_steps": 4, "save_steps": 2, "max_length": 64, "micro_batch_tokens": 256, "global_batch_size": 8}
+    knobs = {
+        "model_name_or_path": bloom,
+        "dataset_name": ragged,
+        "output_dir": folder / "run",
+        "lora_r": 2,
+    }
+    knobs |= {
+        "max_steps": 4,
+        "save_steps": 2,
+        "max_length": 64,
+        "micro_batch_tokens": 256,
+        "global_batch_size": 8,
+    }
     run(flags(knobs), folder / "log")
     return folder / "run" / "checkpoints"
 
@@ -98,7 +136,9 @@ def real(checkpoints: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def spoilt(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One more copy, to be spoilt and mended many times."""
-    return shutil.copytree(checkpoints / "step-000004", tmp_path_factory.mktemp("spoilt") / "step-000004")
+    return shutil.copytree(
+        checkpoints / "step-000004", tmp_path_factory.mktemp("spoilt") / "step-000004"
+    )
 
 
 # What is written
@@ -114,12 +154,16 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert read.optimizer["b.weight.step"].item() == 7.0
 
 
-def test_a_checkpoint_of_a_run_holds_the_adapter_and_its_moments_after_that_many_updates(real: Path) -> None:
+def test_a_checkpoint_of_a_run_holds_the_adapter_and_its_moments_after_that_many_updates(
+    real: Path,
+) -> None:
     checkpoint = read_checkpoint(real)
     names = [LAYERS.format(0), LAYERS.format(0).replace("lora_A", "lora_B")]
     names += [name.replace("h.0", "h.1") for name in names]
     assert sorted(checkpoint.adapter) == sorted(names)
-    assert sorted(checkpoint.optimizer) == sorted(f"{n}.{m}" for n in names for m in ("exp_avg", "exp_avg_sq", "step"))
+    assert sorted(checkpoint.optimizer) == sorted(
+        f"{n}.{m}" for n in names for m in ("exp_avg", "exp_avg_sq", "step")
+    )
     assert {checkpoint.optimizer[f"{name}.step"].item() for name in names} == {4.0}
     assert checkpoint.step == 4
     assert checkpoint.ledger.lines == 4
@@ -127,7 +171,9 @@ def test_a_checkpoint_of_a_run_holds_the_adapter_and_its_moments_after_that_many
 
 def test_a_checkpoint_is_exactly_these_files(real: Path) -> None:
     assert sorted(path.name for path in real.iterdir()) == FILES
-    assert sorted(load_file(real / "adapter_model.safetensors")) == sorted(read_checkpoint(real).adapter)
+    assert sorted(load_file(real / "adapter_model.safetensors")) == sorted(
+        read_checkpoint(real).adapter
+    )
 
 
 def test_equal_states_are_equal_bytes_whatever_the_order_they_were_made_in(tmp_path: Path) -> None:
@@ -141,7 +187,9 @@ def test_equal_states_are_equal_bytes_whatever_the_order_they_were_made_in(tmp_p
     (tmp_path / "second").mkdir()
     first = contents(write_checkpoint(tmp_path, once))
     assert contents(write_checkpoint(tmp_path / "second", again)) == first
-    assert contents(write_checkpoint(tmp_path / "second", again)) == first  # over the one that is there
+    assert (
+        contents(write_checkpoint(tmp_path / "second", again)) == first
+    )  # over the one that is there
 
 
 def test_the_manifest_proves_every_other_file_and_itself(tmp_path: Path) -> None:
@@ -167,7 +215,9 @@ def test_a_state_that_is_not_finite_is_refused_before_anything_is_written(
     checkpoint = small()
     name, tensor = next(iter(getattr(checkpoint, part).items()))
     tensor[1, 1] = value
-    with pytest.raises(NonFiniteError, match=f"step 7: {name} is not finite; this state was not saved") as refused:
+    with pytest.raises(
+        NonFiniteError, match=f"step 7: {name} is not finite; this state was not saved"
+    ) as refused:
         write_checkpoint(tmp_path / "checkpoints", checkpoint)
     assert refused.value.exit_code == 7
     assert list(tmp_path.iterdir()) == []
@@ -176,13 +226,31 @@ def test_a_state_that_is_not_finite_is_refused_before_anything_is_written(
 def test_a_run_whose_loss_is_no_number_stops_with_7_names_the_rows_and_keeps_the_last_checkpoint(
     bloom: Path, ragged: Path, tmp_path: Path
 ) -> None:
-    knobs = {"model_name_or_path": bloom, "dataset_name": ragged, "output_dir": tmp_path / "run", "max_steps": 4}
-    knobs |= {"max_length": 64, "global_batch_size": 2, "save_steps": 1, "lora_r": 2, "learning_rate": 1e30}
+    knobs = {
+        "model_name_or_path": bloom,
+        "dataset_name": ragged,
+        "output_dir": tmp_path / "run",
+        "max_steps": 4,
+    }
+    knobs |= {
+        "max_length": 64,
+        "global_batch_size": 2,
+        "save_steps": 1,
+        "lora_r": 2,
+        "learning_rate": 1e30,
+    }
     launched = start(flags(knobs), tmp_path / "log")
     assert launched.wait() == [7], launched.text()
-    drawn = np.random.RandomState([42, 0]).permutation(40)[2:4].tolist()  # the documented order, seed 42, step 1
-    assert f"error: step 1: loss nan, gradient norm nan, rows {drawn}: the adapter was not touched" in launched.text()
-    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000001"]
+    drawn = (
+        np.random.RandomState([42, 0]).permutation(40)[2:4].tolist()
+    )  # the documented order, seed 42, step 1
+    assert (
+        f"error: step 1: loss nan, gradient norm nan, rows {drawn}: the adapter was not touched"
+        in launched.text()
+    )
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == [
+        "step-000001"
+    ]
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "step-000001").step == 1
 
 
@@ -206,7 +274,9 @@ def test_every_truncation_of_every_file_is_refused_by_name(spoilt: Path, name: s
 @pytest.mark.parametrize("name", FILES)
 @given(data=st.data())
 @settings(derandomize=True, max_examples=60)
-def test_any_changed_byte_of_any_file_is_refused_by_name(spoilt: Path, name: str, data: st.DataObject) -> None:
+def test_any_changed_byte_of_any_file_is_refused_by_name(
+    spoilt: Path, name: str, data: st.DataObject
+) -> None:
     path = spoilt / name
     whole = path.read_bytes()
     changed = bytearray(whole)
@@ -269,8 +339,12 @@ def test_tensors_of_zeros_behind_a_right_header_are_refused(real: Path, name: st
         read_checkpoint(real)
 
 
-@pytest.mark.parametrize("name", ["extra.json", ".hidden", "adapter_model.bin", "optimizer.pt", "folder/inside"])
-def test_anything_beside_the_files_of_a_checkpoint_is_refused_by_name(real: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["extra.json", ".hidden", "adapter_model.bin", "optimizer.pt", "folder/inside"]
+)
+def test_anything_beside_the_files_of_a_checkpoint_is_refused_by_name(
+    real: Path, name: str
+) -> None:
     (real / name).parent.mkdir(exist_ok=True)
     (real / name).write_bytes(b"")
     with pytest.raises(CheckpointError, match=f"missing or unexpected: {name.split('/')[0]}$"):
@@ -278,7 +352,9 @@ def test_anything_beside_the_files_of_a_checkpoint_is_refused_by_name(real: Path
 
 
 @pytest.mark.parametrize("name", FILES[1:])  # adapter_config.json is equal at every step
-def test_a_file_of_another_step_of_the_same_run_is_refused(real: Path, checkpoints: Path, name: str) -> None:
+def test_a_file_of_another_step_of_the_same_run_is_refused(
+    real: Path, checkpoints: Path, name: str
+) -> None:
     shutil.copyfile(checkpoints / "step-000002" / name, real / name)
     with pytest.raises(CheckpointError, match=name):
         read_checkpoint(real)
@@ -383,7 +459,9 @@ def test_a_manifest_outside_the_schema_is_refused_even_with_its_hash_rebuilt(
         "STATE.JSON", "state.json/", "./state.json",
     ],
 )  # fmt: skip
-def test_a_manifest_that_names_any_other_path_is_refused_before_it_is_opened(real: Path, name: str) -> None:
+def test_a_manifest_that_names_any_other_path_is_refused_before_it_is_opened(
+    real: Path, name: str
+) -> None:
     os.mkfifo(real.parent / "canary")  # opening it for reading would wait for ever
     manifest = json.loads((real / "manifest.json").read_bytes())
     files = {other: proven for other, proven in manifest["files"].items() if other != "state.json"}
@@ -405,7 +483,9 @@ def test_a_manifest_that_names_any_other_path_is_refused_before_it_is_opened(rea
     ],
     ids=str,
 )
-def test_a_state_outside_the_schema_is_refused_even_with_its_hash_rebuilt(real: Path, state: dict[str, Any]) -> None:
+def test_a_state_outside_the_schema_is_refused_even_with_its_hash_rebuilt(
+    real: Path, state: dict[str, Any]
+) -> None:
     path = real / "state.json"
     changed = {**json.loads(path.read_bytes()), **state}
     path.write_bytes(json.dumps(changed, sort_keys=True, separators=(",", ":")).encode())
@@ -427,8 +507,12 @@ class Payload:
         return (Path.touch, (self.canary,))
 
 
-@pytest.mark.parametrize("name", ["adapter_model.bin", "optimizer.pt", "training_args.bin", "state.pkl"])
-def test_a_pickle_beside_a_checkpoint_is_refused_and_never_run(real: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["adapter_model.bin", "optimizer.pt", "training_args.bin", "state.pkl"]
+)
+def test_a_pickle_beside_a_checkpoint_is_refused_and_never_run(
+    real: Path, tmp_path: Path, name: str
+) -> None:
     (real / name).write_bytes(pickle.dumps(Payload(tmp_path / "canary")))
     with pytest.raises(CheckpointError, match=name):
         read_checkpoint(real)
@@ -453,11 +537,29 @@ def test_nothing_in_the_package_can_unpickle() -> None:
     assert len(sources) > 15
     for path in sources:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, (ast.Import, ast.ImportFrom))
+                else []
+            )
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {*names} & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}, path
+            assert not {*names} & {
+                "pickle",
+                "cPickle",
+                "dill",
+                "cloudpickle",
+                "joblib",
+                "shelve",
+                "marshal",
+            }, path
             attribute = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
-            assert attribute not in ("torch.load", "torch.save", "torch.serialization", "numpy.load", "np.load"), path
+            assert attribute not in (
+                "torch.load",
+                "torch.save",
+                "torch.serialization",
+                "numpy.load",
+                "np.load",
+            ), path
 
 
 # Which checkpoints there are
@@ -466,12 +568,26 @@ def test_nothing_in_the_package_can_unpickle() -> None:
 def test_checkpoints_are_listed_by_number_and_what_is_not_one_is_ignored(tmp_path: Path) -> None:
     for name in ("step-1000000", "step-000010", "step-000009", "step-999999", "step-100000000000"):
         (tmp_path / name).mkdir()
-    for junk in ("step-abc", "step-", "step-9", "step-000008.bak", "xstep-000007", "step--00001", "step-0000000000001"):
+    for junk in (
+        "step-abc",
+        "step-",
+        "step-9",
+        "step-000008.bak",
+        "xstep-000007",
+        "step--00001",
+        "step-0000000000001",
+    ):
         (tmp_path / junk).mkdir()
     (tmp_path / ".tmp-step-000011").mkdir()
     (tmp_path / "step-000005").write_bytes(b"a file")
     found = [path.name for path in list_checkpoints(tmp_path)]
-    assert found == ["step-000009", "step-000010", "step-999999", "step-1000000", "step-100000000000"]
+    assert found == [
+        "step-000009",
+        "step-000010",
+        "step-999999",
+        "step-1000000",
+        "step-100000000000",
+    ]
     assert list_checkpoints(tmp_path / "missing") == []
 
 
@@ -482,7 +598,11 @@ def test_checkpoints_are_listed_by_number_and_what_is_not_one_is_ignored(tmp_pat
         (4, 3, [2, 3, 4]),
         (4, 4, [1, 2, 3, 4]),
         (4, 9, [1, 2, 3, 4]),
-        (2, 2, [1, 2, 3, 4]),  # gone back to 2: what is newer than the newest stays until it is written again
+        (
+            2,
+            2,
+            [1, 2, 3, 4],
+        ),  # gone back to 2: what is newer than the newest stays until it is written again
         (3, 2, [2, 3, 4]),
     ],
 )
@@ -492,6 +612,8 @@ def test_pruning_keeps_the_newest_and_never_touches_what_is_newer(
     for step in (1, 2, 3, 4):
         write_checkpoint(tmp_path, small(step))
     prune_checkpoints(tmp_path, tmp_path / f"step-00000{newest}", keep)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-00000{step}" for step in left]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"step-00000{step}" for step in left
+    ]
     for step in left:
         assert read_checkpoint(tmp_path / f"step-00000{step}").step == step

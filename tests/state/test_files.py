@@ -35,8 +35,14 @@ from tests.test_train import assert_same_run, size
 __all__ = ["no_run_outlives_its_test"]  # an autouse fixture acts where it is imported
 
 JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text('aé\n"\\☃'),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abé", max_size=3), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text('aé\n"\\☃'),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text("abé", max_size=3), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -58,7 +64,11 @@ def within(seconds: float) -> Iterator[None]:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 # JSON
@@ -74,14 +84,18 @@ def tree(folder: Path) -> dict[str, bytes]:
         ({"deep": {"y": {}, "x": []}}, b'{"deep":{"x":[],"y":{}}}'),
     ],
 )  # fmt: skip
-def test_canonical_json_has_sorted_keys_no_spaces_and_utf8(value: dict[str, Any], spelling: bytes) -> None:
+def test_canonical_json_has_sorted_keys_no_spaces_and_utf8(
+    value: dict[str, Any], spelling: bytes
+) -> None:
     assert canonical_json(value) == spelling
     assert read_canonical_json(spelling, Path("state.json")) == value
 
 
 @given(value=st.dictionaries(st.text("abé", max_size=3), JSON_VALUES, max_size=4))
 @settings(derandomize=True, max_examples=60)
-def test_canonical_json_is_read_back_and_does_not_depend_on_the_order_of_keys(value: dict[str, Any]) -> None:
+def test_canonical_json_is_read_back_and_does_not_depend_on_the_order_of_keys(
+    value: dict[str, Any],
+) -> None:
     content = canonical_json(value)
     assert read_canonical_json(content, Path("state.json")) == value
     assert canonical_json(dict(reversed(value.items()))) == content
@@ -122,7 +136,10 @@ def test_canonical_json_has_no_spelling_for_what_is_not_finite(value: Any) -> No
     ids=lambda content: repr(content[:16]),
 )
 def test_json_in_any_other_spelling_is_refused_by_name(content: bytes) -> None:
-    with within(1), pytest.raises(CheckpointError, match=r"^run/state\.json: not the JSON that was written$"):
+    with (
+        within(1),
+        pytest.raises(CheckpointError, match=r"^run/state\.json: not the JSON that was written$"),
+    ):
         read_canonical_json(content, Path("run/state.json"))
 
 
@@ -161,7 +178,14 @@ def _hard_link(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "make",
-    [_symlink, _hard_link, os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: None],
+    [
+        _symlink,
+        _hard_link,
+        os.mkfifo,
+        Path.mkdir,
+        lambda path: path.symlink_to("/dev/zero"),
+        lambda path: None,
+    ],
     ids=["symlink", "hard link", "FIFO", "folder", "link to a device", "missing"],
 )
 def test_what_is_not_a_plain_file_is_refused_by_name_without_waiting(
@@ -194,7 +218,11 @@ def test_equal_bytes_are_left_alone(tmp_path: Path) -> None:
     before = path.stat()
     replace_file(path, b"same")
     after = path.stat()
-    assert (after.st_mtime_ns, after.st_ino, after.st_ctime_ns) == (1, before.st_ino, before.st_ctime_ns)
+    assert (after.st_mtime_ns, after.st_ino, after.st_ctime_ns) == (
+        1,
+        before.st_ino,
+        before.st_ctime_ns,
+    )
 
 
 # Writing a folder
@@ -203,7 +231,8 @@ FILES = {"b.json": b"{}", "a.bin": bytes(3000), "manifest.json": b"last"}
 
 
 class Disk:
-    """Records, at the boundary to the operating system, what is flushed and renamed; and fails where asked."""
+    """Records, at the boundary to the operating system, what is flushed and renamed; and fails
+    where asked."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events: list[tuple[str, str]] = []
@@ -220,7 +249,9 @@ class Disk:
 
     def fsync(self, handle: int) -> None:
         inode, size = os.fstat(handle).st_ino, os.fstat(handle).st_size
-        path = next(path for path in [self.root, *self.root.rglob("*")] if path.stat().st_ino == inode)
+        path = next(
+            path for path in [self.root, *self.root.rglob("*")] if path.stat().st_ino == inode
+        )
         name = str(path.relative_to(self.root))
         self._happens("fsync", f"{name} {size}" if path.is_file() else name)
         self._sync(handle)
@@ -237,7 +268,9 @@ def disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Disk:
     return disk
 
 
-def test_a_folder_appears_whole_with_every_byte_and_name_on_disk_before_the_rename(disk: Disk, tmp_path: Path) -> None:
+def test_a_folder_appears_whole_with_every_byte_and_name_on_disk_before_the_rename(
+    disk: Disk, tmp_path: Path
+) -> None:
     commit_folder(tmp_path / "step", FILES)
     assert disk.events == [
         ("fsync", ".tmp-step/b.json 2"),
@@ -252,7 +285,11 @@ def test_a_folder_appears_whole_with_every_byte_and_name_on_disk_before_the_rena
 
 def test_a_replaced_file_is_on_disk_before_the_rename(disk: Disk, tmp_path: Path) -> None:
     replace_file(tmp_path / "run.json", b"12345")
-    assert disk.events == [("fsync", ".tmp-run.json 5"), ("rename", ".tmp-run.json -> run.json"), ("fsync", ".")]
+    assert disk.events == [
+        ("fsync", ".tmp-run.json 5"),
+        ("rename", ".tmp-run.json -> run.json"),
+        ("fsync", "."),
+    ]
 
 
 def test_a_folder_replaces_an_older_one_of_its_name_whole(tmp_path: Path) -> None:
@@ -279,7 +316,9 @@ def test_a_disk_that_fills_up_at_any_moment_leaves_the_older_folder_whole(
 ) -> None:
     commit_folder(tmp_path / "step", {"old": b"1"})
     disk.fail = lambda call, name: (call, name) == failing
-    with pytest.raises(EnvironmentFault, match=r"/step: not written: No space left on device; .* intact$") as refused:
+    with pytest.raises(
+        EnvironmentFault, match=r"/step: not written: No space left on device; .* intact$"
+    ) as refused:
         commit_folder(tmp_path / "step", FILES)
     assert refused.value.exit_code == 5
     assert tree(tmp_path) == {"step/old": b"1"}
@@ -291,7 +330,9 @@ def test_a_real_limit_on_file_sizes_leaves_the_older_folder_whole(tmp_path: Path
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # a.bin has 3,000 bytes
     try:
-        with pytest.raises(EnvironmentFault, match="step-2: not written: File too large") as refused:
+        with pytest.raises(
+            EnvironmentFault, match="step-2: not written: File too large"
+        ) as refused:
             commit_folder(tmp_path / "step-2", FILES)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -315,7 +356,9 @@ def test_a_removed_folder_loses_its_name_before_its_files(tmp_path: Path, disk: 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, "-rw-r--r--"), (0o077, "-rw-------"), (0o002, "-rw-rw-r--")])
+@pytest.mark.parametrize(
+    ("umask", "mode"), [(0o022, "-rw-r--r--"), (0o077, "-rw-------"), (0o002, "-rw-rw-r--")]
+)
 def test_file_modes_follow_the_umask(tmp_path: Path, umask: int, mode: str) -> None:
     before = os.umask(umask)
     try:
@@ -323,13 +366,18 @@ def test_file_modes_follow_the_umask(tmp_path: Path, umask: int, mode: str) -> N
         replace_file(tmp_path / "run.json", b"{}")
     finally:
         os.umask(before)
-    assert [stat.filemode((tmp_path / name).stat().st_mode) for name in ("step/a", "run.json")] == [mode, mode]
+    assert [stat.filemode((tmp_path / name).stat().st_mode) for name in ("step/a", "run.json")] == [
+        mode,
+        mode,
+    ]
 
 
 # The folder of a run
 
 
-def test_a_prepared_folder_is_swept_of_what_a_killed_process_left_and_of_nothing_else(tmp_path: Path) -> None:
+def test_a_prepared_folder_is_swept_of_what_a_killed_process_left_and_of_nothing_else(
+    tmp_path: Path,
+) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "precious").write_bytes(b"1")
@@ -343,7 +391,11 @@ def test_a_prepared_folder_is_swept_of_what_a_killed_process_left_and_of_nothing
     (folder / "step-000001").mkdir()
     (folder / "notes.tmp").write_bytes(b"2")
     prepare_folder(folder)
-    assert sorted(path.name for path in folder.iterdir()) == [".tmp-of-somebody", "notes.tmp", "step-000001"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        ".tmp-of-somebody",
+        "notes.tmp",
+        "step-000001",
+    ]
     assert tree(outside) == {"precious": b"1"}
 
 
@@ -355,7 +407,9 @@ def test_a_prepared_folder_is_made_with_its_parents_and_left_empty(tmp_path: Pat
 @pytest.mark.parametrize("place", ["file", "file/run"])
 def test_a_file_in_the_way_of_the_folder_is_refused_by_name(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_bytes(b"1")
-    with pytest.raises(EnvironmentFault, match=rf"^output_dir: .*/{place}: .*; expected a writable folder$") as refused:
+    with pytest.raises(
+        EnvironmentFault, match=rf"^output_dir: .*/{place}: .*; expected a writable folder$"
+    ) as refused:
         prepare_folder(tmp_path / place)
     assert refused.value.exit_code == 5
     assert tree(tmp_path) == {"file": b"1"}
@@ -369,9 +423,13 @@ def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failing", ["fsync", "rename"])
-def test_a_folder_that_cannot_flush_or_rename_is_refused(disk: Disk, tmp_path: Path, failing: str) -> None:
+def test_a_folder_that_cannot_flush_or_rename_is_refused(
+    disk: Disk, tmp_path: Path, failing: str
+) -> None:
     disk.fail = lambda call, name: call == failing
-    with pytest.raises(EnvironmentFault, match="No space left on device; expected a writable folder"):
+    with pytest.raises(
+        EnvironmentFault, match="No space left on device; expected a writable folder"
+    ):
         prepare_folder(tmp_path)
 
 
@@ -382,7 +440,11 @@ def test_a_held_folder_is_refused_at_once_and_the_refusal_names_the_holder(tmp_p
     holder = f"process {os.getpid()} on {socket.gethostname()}"
     with lock_folder(tmp_path / "a" / "run") as notice:
         assert notice is None
-        with within(1), pytest.raises(EnvironmentFault) as refused, lock_folder(tmp_path / "a" / "run"):
+        with (
+            within(1),
+            pytest.raises(EnvironmentFault) as refused,
+            lock_folder(tmp_path / "a" / "run"),
+        ):
             pass
         assert tree(tmp_path) == {"a/run/.lock": holder.encode()}  # the refusal has changed nothing
     assert refused.value.exit_code == 5
@@ -405,26 +467,37 @@ def test_a_folder_that_was_let_go_of_is_taken_without_a_word(tmp_path: Path) -> 
     [
         (b"process 4711 on elsewhere", "process 4711 on elsewhere"),
         ("process 1 on bücher".encode(), "process 1 on bücher"),
-        (b"process 1 on b\xfccher", "process 1 on b\ufffdcher"),  # what a crash of the machine left may be anything
+        (
+            b"process 1 on b\xfccher",
+            "process 1 on b\ufffdcher",
+        ),  # what a crash of the machine left may be anything
     ],
 )
-def test_a_holder_that_died_is_named_to_the_next_one(tmp_path: Path, left: bytes, holder: str) -> None:
+def test_a_holder_that_died_is_named_to_the_next_one(
+    tmp_path: Path, left: bytes, holder: str
+) -> None:
     (tmp_path / ".lock").write_bytes(left)
     with lock_folder(tmp_path) as notice:
         assert notice == f"{holder} ended without letting go of {tmp_path}: taken over"
-        assert tree(tmp_path) == {".lock": f"process {os.getpid()} on {socket.gethostname()}".encode()}
+        assert tree(tmp_path) == {
+            ".lock": f"process {os.getpid()} on {socket.gethostname()}".encode()
+        }
     assert tree(tmp_path) == {".lock": b""}
 
 
 def test_a_holder_that_has_not_yet_written_its_name_is_refused_too(tmp_path: Path) -> None:
     with (tmp_path / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(EnvironmentFault, match="is written to by another run; wait"), lock_folder(tmp_path):
+        with (
+            pytest.raises(EnvironmentFault, match="is written to by another run; wait"),
+            lock_folder(tmp_path),
+        ):
             pass
 
 
 @pytest.mark.parametrize(
-    ("code", "said"), [(errno.ENOLCK, "No locks available"), (errno.EOPNOTSUPP, "Operation not supported")]
+    ("code", "said"),
+    [(errno.ENOLCK, "No locks available"), (errno.EOPNOTSUPP, "Operation not supported")],
 )
 def test_a_file_system_without_locks_is_refused_and_not_taken_for_a_held_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, said: str
@@ -433,16 +506,23 @@ def test_a_file_system_without_locks_is_refused_and_not_taken_for_a_held_one(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(EnvironmentFault, match=rf"cannot be locked: {said}; use another$"), lock_folder(tmp_path):
+    with (
+        pytest.raises(EnvironmentFault, match=rf"cannot be locked: {said}; use another$"),
+        lock_folder(tmp_path),
+    ):
         pass
 
 
 @pytest.mark.parametrize("place", ["file", "file/run", "folder"])
-def test_a_folder_that_cannot_take_a_lock_file_is_refused_by_name(tmp_path: Path, place: str) -> None:
+def test_a_folder_that_cannot_take_a_lock_file_is_refused_by_name(
+    tmp_path: Path, place: str
+) -> None:
     (tmp_path / "file").write_bytes(b"1")
     (tmp_path / "folder" / ".lock").mkdir(parents=True)
     with (
-        pytest.raises(EnvironmentFault, match=rf"^output_dir: .*/{place}: .*; expected a writable folder$") as refused,
+        pytest.raises(
+            EnvironmentFault, match=rf"^output_dir: .*/{place}: .*; expected a writable folder$"
+        ) as refused,
         lock_folder(tmp_path / place),
     ):
         pass
@@ -477,8 +557,12 @@ def test_a_second_start_is_refused_with_the_firsts_name_and_after_a_kill_the_nex
     second = start(argv, tmp_path / "second", num_processes)
     assert second.wait(60) == ([5] if num_processes == 1 else [5, 1]), second.text()
     said = [line for line in second.text().splitlines() if line.startswith("error: ")]
-    assert said[0] == f"error: output_dir: {folder} is written to by {holder}; wait for it or stop it"
-    assert said[1:] == ["error: another process ended; its own message says why"] * (num_processes - 1)
+    assert (
+        said[0] == f"error: output_dir: {folder} is written to by {holder}; wait for it or stop it"
+    )
+    assert said[1:] == ["error: another process ended; its own message says why"] * (
+        num_processes - 1
+    )
     assert "Traceback" not in second.text()
     assert (folder / ".lock").read_text() == holder
     first.kill()
@@ -501,12 +585,16 @@ def test_a_run_whose_folder_is_removed_ends_at_its_next_save_and_makes_no_new_on
     argv = flags({**knobs, "output_dir": folder, "max_steps": 100_000, "save_steps": 20})
     launched = start(argv, tmp_path / "log", num_processes)
     saved, ledger = folder / "checkpoints" / "step-000020", folder / "ledger.jsonl"
-    assert wait_until(lambda: saved.exists() and ledger.read_bytes().count(b"\n") > 20, launched), launched.text()
+    assert wait_until(lambda: saved.exists() and ledger.read_bytes().count(b"\n") > 20, launched), (
+        launched.text()
+    )
     folder.rename(tmp_path / "going")  # so that no save falls into the middle
     shutil.rmtree(tmp_path / "going")
     assert launched.wait(60) == ([5] if num_processes == 1 else [5, 1]), launched.text()
     said = [line for line in launched.text().splitlines() if line.startswith("error: ")]
-    assert said[0].endswith("not written: No such file or directory; what was saved before is intact")
+    assert said[0].endswith(
+        "not written: No such file or directory; what was saved before is intact"
+    )
     assert "Traceback" not in launched.text()
     assert not folder.exists()
 

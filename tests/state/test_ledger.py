@@ -24,7 +24,9 @@ def lines_of(entries: list[dict[str, Any]], previous: str = START) -> list[bytes
     """The specification once more, in other words: hash the line without `hash`, then put it in."""
     lines = []
     for entry in entries:
-        fields = ",".join(f'"{key}":{json.dumps(value, separators=(",", ":"))}' for key, value in entry.items())
+        fields = ",".join(
+            f'"{key}":{json.dumps(value, separators=(",", ":"))}' for key, value in entry.items()
+        )
         unsealed = f'{{{fields},"prev":"{previous}"}}'
         previous = hashlib.sha256(unsealed.encode("ascii")).hexdigest()
         lines.append(f'{unsealed[:-1]},"hash":"{previous}"}}\n'.encode("ascii"))
@@ -36,7 +38,9 @@ def position_after(lines: list[bytes]) -> LedgerPosition:
     return LedgerPosition(len(lines), sum(len(line) for line in lines), head)
 
 
-def write(path: Path, entries: list[dict[str, Any]], start: LedgerPosition | None = None) -> LedgerPosition:
+def write(
+    path: Path, entries: list[dict[str, Any]], start: LedgerPosition | None = None
+) -> LedgerPosition:
     ledger = Ledger(path, start or LedgerPosition(0, 0, START))
     for entry in entries:
         ledger.append(entry)
@@ -56,7 +60,11 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_a_line_is_these_bytes(tmp_path: Path) -> None:
-    write(tmp_path / "ledger.jsonl", [{"step": 0, "rows": [3, 1], "loss": 0.5}], LedgerPosition(0, 0, "00ff"))
+    write(
+        tmp_path / "ledger.jsonl",
+        [{"step": 0, "rows": [3, 1], "loss": 0.5}],
+        LedgerPosition(0, 0, "00ff"),
+    )
     # sha256 of {"step":0,"rows":[3,1],"loss":0.5,"prev":"00ff"}, by the command line's sha256sum
     head = "bb0d8a1df6847cb7984bdcde617abad7d42dcbb526658dd22735df3bac2ee86f"
     line = f'{{"step":0,"rows":[3,1],"loss":0.5,"prev":"00ff","hash":"{head}"}}\n'
@@ -92,7 +100,9 @@ def test_what_is_not_finite_has_no_line(tmp_path: Path, value: float) -> None:
 @pytest.mark.parametrize("number", range(5))
 def test_a_verified_ledger_gives_its_entries_up_to_the_position(path: Path, number: int) -> None:
     entries = read_ledger(path, START, position_after(LINES[:number]))
-    assert [{key: entry[key] for key in entry if key not in ("prev", "hash")} for entry in entries] == ENTRIES[:number]
+    assert [
+        {key: entry[key] for key in entry if key not in ("prev", "hash")} for entry in entries
+    ] == ENTRIES[:number]
 
 
 def test_a_ledger_of_another_identity_is_refused_at_its_first_line(path: Path) -> None:
@@ -126,13 +136,17 @@ def test_a_line_that_does_not_follow_is_refused_with_its_number(
 ) -> None:
     content = b"".join(tamper(LINES))
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"ledger\.jsonl: line {number} does not follow from the line before"):
+    with pytest.raises(
+        CheckpointError, match=rf"ledger\.jsonl: line {number} does not follow from the line before"
+    ):
         read_ledger(path, START, LedgerPosition(4, len(content), END.head))
 
 
 @given(offset=st.integers(0, END.bytes - 1), bits=st.integers(1, 255))
 @settings(derandomize=True, max_examples=150)
-def test_any_changed_byte_is_refused(tmp_path_factory: pytest.TempPathFactory, offset: int, bits: int) -> None:
+def test_any_changed_byte_is_refused(
+    tmp_path_factory: pytest.TempPathFactory, offset: int, bits: int
+) -> None:
     content = bytearray(b"".join(LINES))
     content[offset] ^= bits
     path = tmp_path_factory.getbasetemp() / "changed.jsonl"
@@ -142,14 +156,20 @@ def test_any_changed_byte_is_refused(tmp_path_factory: pytest.TempPathFactory, o
 
 
 @pytest.mark.parametrize("lines", [0, 1, 3])
-def test_a_ledger_shorter_than_the_checkpoint_needs_is_refused_with_both_lengths(path: Path, lines: int) -> None:
+def test_a_ledger_shorter_than_the_checkpoint_needs_is_refused_with_both_lengths(
+    path: Path, lines: int
+) -> None:
     path.write_bytes(b"".join(LINES[:lines]))
-    with pytest.raises(CheckpointError, match=f"{lines} whole lines, the checkpoint was written after 4$"):
+    with pytest.raises(
+        CheckpointError, match=f"{lines} whole lines, the checkpoint was written after 4$"
+    ):
         read_ledger(path, START, END)
 
 
 def test_a_missing_ledger_is_refused_unless_nothing_is_needed_of_it(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"0 whole lines, the checkpoint was written after 4$"):
+    with pytest.raises(
+        CheckpointError, match=r"0 whole lines, the checkpoint was written after 4$"
+    ):
         read_ledger(tmp_path / "ledger.jsonl", START, END)
     assert read_ledger(tmp_path / "ledger.jsonl", START, LedgerPosition(0, 0, START)) == []
 
@@ -163,7 +183,9 @@ def test_a_missing_ledger_is_refused_unless_nothing_is_needed_of_it(tmp_path: Pa
         LedgerPosition(4, 2**70, END.head),
     ],
 )  # fmt: skip
-def test_a_position_that_is_not_that_of_the_chain_is_refused(path: Path, wrong: LedgerPosition) -> None:
+def test_a_position_that_is_not_that_of_the_chain_is_refused(
+    path: Path, wrong: LedgerPosition
+) -> None:
     with pytest.raises(CheckpointError, match=r"ledger\.jsonl: "):
         read_ledger(path, START, wrong)
 

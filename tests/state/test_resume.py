@@ -14,7 +14,11 @@ Again = Callable[..., tuple[int | None, str]]
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def outcome(folder: Path) -> tuple[bytes, bytes, bytes]:
@@ -42,11 +46,19 @@ def knobs(bloom: Path, ragged: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def runs(knobs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`straight`: six steps in one go, with checkpoints after 2, 4 and 6. `half`: the same command ended after 4."""
+    """`straight`: six steps in one go, with checkpoints after 2, 4 and 6. `half`: the same command
+    ended after 4."""
     folder = tmp_path_factory.mktemp("runs")
     both = [start(flags({**knobs, "output_dir": folder / "straight"}), folder / "straight.log")]
-    both += [start(flags({**knobs, "output_dir": folder / "half", "stop_after_steps": 4}), folder / "half.log")]
-    assert [launched.wait() for launched in both] == [[0], [0]], "".join(launched.text() for launched in both)
+    both += [
+        start(
+            flags({**knobs, "output_dir": folder / "half", "stop_after_steps": 4}),
+            folder / "half.log",
+        )
+    ]
+    assert [launched.wait() for launched in both] == [[0], [0]], "".join(
+        launched.text() for launched in both
+    )
     return folder
 
 
@@ -62,10 +74,14 @@ def half(runs: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def again(knobs: dict[str, Any], tmp_path: Path) -> Again:
-    """The same command on a run's folder, with what a test wants different: exit code and output."""
+    """The same command on a run's folder, with what a test wants different: exit code and
+    output."""
 
     def of(
-        folder: Path, num_processes: int = 1, environment: dict[str, str] | None = None, **changed: Any
+        folder: Path,
+        num_processes: int = 1,
+        environment: dict[str, str] | None = None,
+        **changed: Any,
     ) -> tuple[int | None, str]:
         argv = flags({**knobs, "output_dir": folder, **changed})
         log = tmp_path / f"log-{len(list(tmp_path.glob('log-*')))}"
@@ -80,7 +96,9 @@ def again(knobs: dict[str, Any], tmp_path: Path) -> Again:
 # The same command again
 
 
-def test_the_same_command_on_a_finished_run_says_so_and_changes_no_byte(straight: Path, again: Again) -> None:
+def test_the_same_command_on_a_finished_run_says_so_and_changes_no_byte(
+    straight: Path, again: Again
+) -> None:
     before = tree(straight)
     code, text = again(straight)
     assert (code, tree(straight)) == (0, before)
@@ -88,7 +106,9 @@ def test_the_same_command_on_a_finished_run_says_so_and_changes_no_byte(straight
     assert "Traceback" not in text
 
 
-def test_the_same_command_goes_on_and_ends_as_the_run_in_one_go(half: Path, runs: Path, again: Again) -> None:
+def test_the_same_command_goes_on_and_ends_as_the_run_in_one_go(
+    half: Path, runs: Path, again: Again
+) -> None:
     code, text = again(half)
     assert code == 0, text
     assert "not bit-exact" not in text
@@ -96,7 +116,9 @@ def test_the_same_command_goes_on_and_ends_as_the_run_in_one_go(half: Path, runs
     assert [session["first_step"] for session in sessions(half)] == [0, 4]
 
 
-def test_a_run_resumed_at_every_step_ends_as_the_run_in_one_go(tmp_path: Path, runs: Path, again: Again) -> None:
+def test_a_run_resumed_at_every_step_ends_as_the_run_in_one_go(
+    tmp_path: Path, runs: Path, again: Again
+) -> None:
     for _ in range(6):
         code, text = again(tmp_path / "run", stop_after_steps=1)
         assert code == 0, text
@@ -105,7 +127,9 @@ def test_a_run_resumed_at_every_step_ends_as_the_run_in_one_go(tmp_path: Path, r
     assert again(tmp_path / "run", stop_after_steps=1)[1].count("This run is finished") == 1
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_starts_over(half: Path, runs: Path, again: Again) -> None:
+def test_a_run_that_ended_before_its_first_checkpoint_starts_over(
+    half: Path, runs: Path, again: Again
+) -> None:
     shutil.rmtree(half / "checkpoints")
     code, text = again(half)
     assert code == 0, text
@@ -153,7 +177,9 @@ def test_another_value_of_what_makes_the_run_is_refused_with_both_values_and_the
 
 def test_another_precision_of_the_launch_config_is_refused(half: Path, again: Again) -> None:
     before = tree(half)
-    code, text = again(half, environment={"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "true"})
+    code, text = again(
+        half, environment={"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "true"}
+    )
     assert (code, tree(half)) == (4, before), text
     assert "mixed_precision was 'no', is 'bf16'" in text
 
@@ -171,7 +197,9 @@ def test_one_changed_character_of_the_dataset_is_refused(
     assert f"data_fingerprint was '{was}', is '" in text
 
 
-def test_another_base_of_the_same_shape_is_refused(half: Path, again: Again, other_bloom: Path) -> None:
+def test_another_base_of_the_same_shape_is_refused(
+    half: Path, again: Again, other_bloom: Path
+) -> None:
     before = tree(half)
     code, text = again(half, model_name_or_path=other_bloom)
     assert (code, tree(half)) == (4, before), text
@@ -182,7 +210,9 @@ def test_another_base_of_the_same_shape_is_refused(half: Path, again: Again, oth
 def test_every_differing_value_is_told_at_once(half: Path, again: Again) -> None:
     code, text = again(half, seed=7, lora_r=8, learning_rate=0.02)
     assert code == 4
-    assert all(said in text for said in ("seed was 42", "lora_r was 4", "learning_rate was 0.01")), text
+    assert all(
+        said in text for said in ("seed was 42", "lora_r was 4", "learning_rate was 0.01")
+    ), text
 
 
 def test_a_newer_checkpoint_of_another_run_is_refused_and_not_passed_over(
@@ -190,7 +220,9 @@ def test_a_newer_checkpoint_of_another_run_is_refused_and_not_passed_over(
 ) -> None:
     assert again(tmp_path / "other", seed=7, stop_after_steps=4)[0] == 0
     shutil.rmtree(half / "checkpoints" / "step-000004")
-    shutil.copytree(tmp_path / "other" / "checkpoints" / "step-000004", half / "checkpoints" / "step-000004")
+    shutil.copytree(
+        tmp_path / "other" / "checkpoints" / "step-000004", half / "checkpoints" / "step-000004"
+    )
     before = tree(half)
     code, text = again(half)
     assert (code, tree(half)) == (4, before), text
@@ -222,7 +254,13 @@ def test_moved_and_renamed_files_with_equal_bytes_go_on_without_a_word(
 
 @pytest.mark.parametrize(
     "changed",
-    [{"save_steps": 1}, {"logging_steps": 1}, {"save_total_limit": 2}, {"stop_after_steps": 2}, {"sample_prompt": "I"}],
+    [
+        {"save_steps": 1},
+        {"logging_steps": 1},
+        {"save_total_limit": 2},
+        {"stop_after_steps": 2},
+        {"sample_prompt": "I"},
+    ],
     ids=lambda changed: next(iter(changed)),
 )
 def test_what_changes_no_number_goes_on_without_a_word(
@@ -250,7 +288,10 @@ def test_what_moves_only_the_last_bits_goes_on_says_so_and_is_recorded(
     assert code == 0, text
     assert f"not bit-exact from step 4: {said}\n" in text
     assert [session["not_bit_exact"] for session in sessions(half)] == [[], [said]]
-    ours, straight = ([json.loads(line) for line in outcome(run)[0].splitlines()] for run in (half, runs / "straight"))
+    ours, straight = (
+        [json.loads(line) for line in outcome(run)[0].splitlines()]
+        for run in (half, runs / "straight")
+    )
     assert [line.get("rows") for line in ours] == [line.get("rows") for line in straight]
     for line, expected in zip(ours, straight):
         assert line.get("loss", 0) == pytest.approx(expected.get("loss", 0), rel=1e-4)
@@ -335,7 +376,9 @@ def test_an_edited_line_of_the_ledger_is_refused_with_its_number(half: Path, aga
     assert "ledger.jsonl: line 2 does not follow from the line before it" in text
 
 
-def test_a_line_edited_behind_the_older_checkpoint_costs_only_the_newer(half: Path, runs: Path, again: Again) -> None:
+def test_a_line_edited_behind_the_older_checkpoint_costs_only_the_newer(
+    half: Path, runs: Path, again: Again
+) -> None:
     edit_line(half, 5)  # the untouched base, step 0, step 1, then step 2 and the evaluation after 3
     code, text = again(half)
     assert code == 0, text
@@ -373,7 +416,9 @@ def test_going_back_to_a_named_checkpoint_ends_with_the_same_bytes(
 
 
 @pytest.mark.parametrize("asked", ["step-000003", "best", "step-000002.bak"])
-def test_an_unknown_name_is_refused_with_those_there_are(half: Path, again: Again, asked: str) -> None:
+def test_an_unknown_name_is_refused_with_those_there_are(
+    half: Path, again: Again, asked: str
+) -> None:
     before = tree(half)
     code, text = again(half, resume_from_checkpoint=asked)
     assert (code, tree(half)) == (4, before), text
@@ -381,7 +426,9 @@ def test_an_unknown_name_is_refused_with_those_there_are(half: Path, again: Agai
     assert "which holds step-000002, step-000004; write auto, none or a checkpoint\n" in text
 
 
-def test_a_named_checkpoint_that_is_torn_is_refused_and_no_other_taken(half: Path, again: Again) -> None:
+def test_a_named_checkpoint_that_is_torn_is_refused_and_no_other_taken(
+    half: Path, again: Again
+) -> None:
     tear(half / "checkpoints" / "step-000004" / "state.json")
     before = tree(half)
     code, text = again(half, resume_from_checkpoint="step-000004")

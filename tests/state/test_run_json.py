@@ -42,7 +42,13 @@ WHOLE: dict[str, Any] = {
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Every place in a nested value, but in what is only passed on."""
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else []
+    inside = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else []
+    )
     return [place for key, part in inside for place in [(*path, key), *places(part, (*path, key))]]
 
 
@@ -72,7 +78,9 @@ def test_value_of_another_kind_is_refused_by_its_name(place: tuple[Any, ...]) ->
         parsed(manifest)
 
 
-@pytest.mark.parametrize("place", [place for place in USED if isinstance(place[-1], str) and len(place) < 3])
+@pytest.mark.parametrize(
+    "place", [place for place in USED if isinstance(place[-1], str) and len(place) < 3]
+)
 def test_what_is_missing_is_named(place: tuple[Any, ...]) -> None:
     if place in (("samples",), ("result",), ("samples", "base")):
         return
@@ -82,11 +90,15 @@ def test_what_is_missing_is_named(place: tuple[Any, ...]) -> None:
     for key in way:
         parent = parent[key]
     del parent[last]
-    with pytest.raises(CheckpointError, match=f"has no {'.'.join(place)}; an older version of the loop wrote it"):
+    with pytest.raises(
+        CheckpointError, match=f"has no {'.'.join(place)}; an older version of the loop wrote it"
+    ):
         parsed(manifest)
 
 
-@pytest.mark.parametrize("content", [b"", b"[1]", b"null", b'{"identity":', b"[" * 100_000, b'"\\ud800"', b"\xff"])
+@pytest.mark.parametrize(
+    "content", [b"", b"[1]", b"null", b'{"identity":', b"[" * 100_000, b'"\\ud800"', b"\xff"]
+)
 def test_what_is_no_manifest_is_refused(content: bytes) -> None:
     with pytest.raises(CheckpointError, match=r"^RUN/run\.json: the file: "):
         parse_run_json(content, NAME)

@@ -1,4 +1,5 @@
-"""fp16's loss scale: it goes the way of torch's GradScaler, repeats where that one skips, and changes no bit itself."""
+"""fp16's loss scale: it goes the way of torch's GradScaler, repeats where that one skips, and
+changes no bit itself."""
 
 import dataclasses
 import math
@@ -83,7 +84,8 @@ def test_fp16_starts_at_65536() -> None:
 
 
 def pattern() -> list[bool]:
-    """Of 7,000 gradients, which are finite: two long calms, single overflows, and several in a row."""
+    """Of 7,000 gradients, which are finite: two long calms, single overflows, and several in a
+    row."""
     torch.manual_seed(0)
     rough = (torch.rand(500) > 0.1).tolist()
     return [True] * 2500 + rough + [False] * 7 + [True] * 1999 + [False] + [True] * 1993
@@ -141,18 +143,25 @@ def test_a_step_whose_scaled_gradient_overflows_is_repeated_with_half_the_scale_
 ) -> None:
     knobs = {**WILD, "model_name_or_path": str(families[family]), "max_steps": 4}
     _, forwards = trained(config(**knobs, output_dir=str(tmp_path / "plain")))
-    scaled, more = trained(config(**knobs, output_dir=str(tmp_path / "scaled")), LossScale(True, OVERFLOWS))
+    scaled, more = trained(
+        config(**knobs, output_dir=str(tmp_path / "scaled")), LossScale(True, OVERFLOWS)
+    )
     halvings = math.log2(OVERFLOWS / scaled.loss_scale.value)
     assert halvings >= 1
     assert halvings == int(halvings)
     assert scaled.loss_scale.finite_steps <= 4
-    assert more > forwards  # some micro-batches were done again, with the same units dropped: the bytes are equal
+    assert (
+        more > forwards
+    )  # some micro-batches were done again, with the same units dropped: the bytes are equal
     assert_same_run(tmp_path / "scaled", tmp_path / "plain")
     moments, kept = (
         load_file(tmp_path / name / "checkpoints" / "step-000004" / "optimizer.safetensors")
         for name in ("plain", "scaled")
     )
-    assert kept.pop("loss_scale").tolist() == [scaled.loss_scale.value, scaled.loss_scale.finite_steps]
+    assert kept.pop("loss_scale").tolist() == [
+        scaled.loss_scale.value,
+        scaled.loss_scale.finite_steps,
+    ]
     assert moments.keys() == kept.keys()
     assert all(torch.equal(moments[name], kept[name]) for name in moments)
 
@@ -163,29 +172,41 @@ def test_a_power_of_two_that_does_not_overflow_changes_no_byte_and_repeats_nothi
     config: Configs, tmp_path: Path, power: int
 ) -> None:
     _, forwards = trained(config(output_dir=str(tmp_path / "plain"), max_steps=3))
-    run, same = trained(config(output_dir=str(tmp_path / "scaled"), max_steps=3), LossScale(True, 2.0**power))
+    run, same = trained(
+        config(output_dir=str(tmp_path / "scaled"), max_steps=3), LossScale(True, 2.0**power)
+    )
     assert (run.loss_scale.value, run.loss_scale.finite_steps) == (2.0**power, 3)
     assert same == forwards
     assert_same_run(tmp_path / "scaled", tmp_path / "plain")
 
 
 @pytest.mark.runs
-def test_the_scale_after_a_growth_in_the_middle_of_a_run_is_in_the_checkpoint(config: Configs, tmp_path: Path) -> None:
+def test_the_scale_after_a_growth_in_the_middle_of_a_run_is_in_the_checkpoint(
+    config: Configs, tmp_path: Path
+) -> None:
     used = config(output_dir=str(tmp_path / "run"), max_steps=3)
     run, _ = trained(used, LossScale(True, 65536.0, finite_steps=1998))
     assert (run.loss_scale.value, run.loss_scale.finite_steps) == (131072.0, 1)
     tensors = load_file(tmp_path / "run" / "checkpoints" / "step-000003" / "optimizer.safetensors")
-    assert (tensors["loss_scale"].tolist(), tensors["loss_scale"].dtype) == ([131072.0, 1.0], torch.float64)
+    assert (tensors["loss_scale"].tolist(), tensors["loss_scale"].dtype) == (
+        [131072.0, 1.0],
+        torch.float64,
+    )
 
 
 # A gradient that never becomes finite
 
 
 def refused_step(
-    used: Config, scale: LossScale, capsys: pytest.CaptureFixture[str], spoil: Callable[[Run], None] = lambda run: None
+    used: Config,
+    scale: LossScale,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[Run], None] = lambda run: None,
 ) -> tuple[str, int]:
     """What is said when the first step ends with exit code 7, and how many forwards it took."""
-    run = dataclasses.replace(rehearse(prepare_run(used, make_accelerator(used)), None), loss_scale=scale)
+    run = dataclasses.replace(
+        rehearse(prepare_run(used, make_accelerator(used)), None), loss_scale=scale
+    )
     spoil(run)
     before = {name: parameter.detach().clone() for name, parameter in run.parameters.items()}
     calls = forwards_of(run)
@@ -204,7 +225,9 @@ def test_a_gradient_that_overflows_at_every_scale_ends_with_7_after_20_halvings_
     used = config(lora_alpha=2**40, micro_batch_tokens=1024, lora_dropout=0.1)
     scale = LossScale(True, OVERFLOWS)
     said, forwards = refused_step(used, scale, capsys)
-    assert re.fullmatch(r"error: step 0: loss \d+\.\d+, gradient norm (nan|inf), rows \[.*\n", said), said
+    assert re.fullmatch(
+        r"error: step 0: loss \d+\.\d+, gradient norm (nan|inf), rows \[.*\n", said
+    ), said
     assert scale.value == OVERFLOWS / 2**20
     assert forwards == 21  # the step and its 20 repeats
 
@@ -215,7 +238,9 @@ def test_a_loss_that_is_not_finite_is_not_tried_again_at_any_scale(
     config: Configs, llama: Path, capsys: pytest.CaptureFixture[str], dynamic: bool
 ) -> None:
     def spoil(run: Run) -> None:
-        causal_lm_of(run.model).model.layers[1].mlp.down_proj.base_layer.weight.data[3, 5] = math.nan
+        causal_lm_of(run.model).model.layers[1].mlp.down_proj.base_layer.weight.data[3, 5] = (
+            math.nan
+        )
 
     scale = LossScale(dynamic)
     used = config(model_name_or_path=str(llama), micro_batch_tokens=1024)
@@ -233,7 +258,9 @@ def test_a_run_ended_early_goes_on_with_the_halved_scale_and_ends_in_the_same_by
     config: Configs, tmp_path: Path
 ) -> None:
     knobs = {**WILD, "max_steps": 6}
-    straight, _ = trained(config(**knobs, output_dir=str(tmp_path / "straight")), LossScale(True, OVERFLOWS))
+    straight, _ = trained(
+        config(**knobs, output_dir=str(tmp_path / "straight")), LossScale(True, OVERFLOWS)
+    )
     parted = config(**knobs, output_dir=str(tmp_path / "parted"))
     first, _ = trained(dataclasses.replace(parted, stop_after_steps=2), LossScale(True, OVERFLOWS))
     assert first.loss_scale.value < OVERFLOWS
@@ -242,7 +269,8 @@ def test_a_run_ended_early_goes_on_with_the_halved_scale_and_ends_in_the_same_by
     assert second.loss_scale == straight.loss_scale
     assert_same_run(tmp_path / "parted", tmp_path / "straight")
     last = [
-        tmp_path / name / "checkpoints" / "step-000006" / "optimizer.safetensors" for name in ("parted", "straight")
+        tmp_path / name / "checkpoints" / "step-000006" / "optimizer.safetensors"
+        for name in ("parted", "straight")
     ]
     assert last[0].read_bytes() == last[1].read_bytes()
 
@@ -272,7 +300,9 @@ def test_a_checkpoint_without_the_scale_is_refused_by_name(config: Configs, tmp_
 
 
 @pytest.mark.runs
-def test_a_checkpoint_with_a_scale_is_refused_by_name_where_none_is_used(config: Configs, tmp_path: Path) -> None:
+def test_a_checkpoint_with_a_scale_is_refused_by_name_where_none_is_used(
+    config: Configs, tmp_path: Path
+) -> None:
     used = config(output_dir=str(tmp_path / "run"), max_steps=2, stop_after_steps=1)
     trained(used, LossScale(True, 65536.0))
     with pytest.raises(CheckpointError, match=r"^optimizer\.safetensors: .*'loss_scale'"):
@@ -289,14 +319,24 @@ def test_a_run_that_halves_its_scale_killed_and_resumed_is_the_straight_run_bit_
     settings: Settings, tmp_path: Path, num_processes: int
 ) -> None:
     knobs = {**WILD, "max_steps": 16, "save_steps": 1}
-    straight, killed = (settings(**knobs, output_dir=str(tmp_path / name)) for name in ("straight", "killed"))
-    launched = start_altered(scaled_until_it_overflows, flags(straight), tmp_path / "log", num_processes)
+    straight, killed = (
+        settings(**knobs, output_dir=str(tmp_path / name)) for name in ("straight", "killed")
+    )
+    launched = start_altered(
+        scaled_until_it_overflows, flags(straight), tmp_path / "log", num_processes
+    )
     assert launched.wait() == [0] * num_processes, launched.text()
-    first = start_altered(scaled_until_it_overflows, flags(killed), tmp_path / "first", num_processes)
-    assert wait_until((tmp_path / "killed" / "checkpoints" / "step-000003").exists, first), first.text()
+    first = start_altered(
+        scaled_until_it_overflows, flags(killed), tmp_path / "first", num_processes
+    )
+    assert wait_until((tmp_path / "killed" / "checkpoints" / "step-000003").exists, first), (
+        first.text()
+    )
     first.kill()
     assert not (tmp_path / "killed" / "adapter").exists(), "the run ended before it was killed"
-    again = start_altered(scaled_until_it_overflows, flags(killed), tmp_path / "again", num_processes)
+    again = start_altered(
+        scaled_until_it_overflows, flags(killed), tmp_path / "again", num_processes
+    )
     assert again.wait() == [0] * num_processes, again.text()
     assert_same_run(tmp_path / "killed", tmp_path / "straight")
     states = [
@@ -319,7 +359,9 @@ class Half(SummedLoss):
 
 
 @pytest.fixture
-def first_step(config: Configs, families: dict[str, Path]) -> Iterator[Callable[..., tuple[Run, dict[str, Tensor]]]]:
+def first_step(
+    config: Configs, families: dict[str, Path]
+) -> Iterator[Callable[..., tuple[Run, dict[str, Tensor]]]]:
     """The first step of an adapter whose B is not zero: the run after it, and its gradient."""
     with Signals() as signals:
 
@@ -339,7 +381,9 @@ def first_step(config: Configs, families: dict[str, Path]) -> Iterator[Callable[
 
 
 def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    flat, wanted = (torch.cat([tensor.flatten() for tensor in of.values()]) for of in (found, expected))
+    flat, wanted = (
+        torch.cat([tensor.flatten() for tensor in of.values()]) for of in (found, expected)
+    )
     return float((flat - wanted).norm() / wanted.norm())
 
 
@@ -370,7 +414,9 @@ def test_fp16_on_a_machine_without_a_gpu_ends_with_2_and_one_sentence(
     environment = {"ACCELERATE_MIXED_PRECISION": "fp16", **more}
     launched = start(flags(settings()), tmp_path / "log", environment=environment)
     assert launched.wait() == [2], launched.text()
-    assert launched.text().startswith("error: mixed_precision: fp16 is for a GPU and torch sees none; ")
+    assert launched.text().startswith(
+        "error: mixed_precision: fp16 is for a GPU and torch sees none; "
+    )
     assert len(launched.text().splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
@@ -380,7 +426,9 @@ def test_fp16_on_a_machine_without_a_gpu_ends_with_2_and_one_sentence(
 def test_a_float16_base_without_fp16_ends_with_2_before_the_base_is_looked_for(
     settings: Settings, tmp_path: Path
 ) -> None:
-    launched = start(flags(settings(dtype="float16", model_name_or_path="nobody/nothing")), tmp_path / "log")
+    launched = start(
+        flags(settings(dtype="float16", model_name_or_path="nobody/nothing")), tmp_path / "log"
+    )
     assert launched.wait() == [2], launched.text()  # 6 if it had looked for the model first
     assert launched.text().startswith("error: dtype: float16 needs mixed_precision: fp16")
     assert len(launched.text().splitlines()) == 1
