@@ -44,23 +44,23 @@ class Config:
         "of the frozen base; default float32 on CPU, bfloat16 on a GPU (float16 if it has none)",
     )
     load_in_4bit: bool = knob(
-        False, "identity", "quantise the base: nf4, double quantisation, products in dtype"
+        False, "identity", "quantize the base: nf4, double quantization, products in dtype"
     )
-    load_in_8bit: bool = knob(False, "identity", "quantise the base: LLM.int8()")
+    load_in_8bit: bool = knob(False, "identity", "quantize the base: LLM.int8()")
     lora_r: int = knob(16, "identity", "rank of the update of each target module", ge=1)
     lora_alpha: int = knob(32, "identity", "the update is scaled by lora_alpha / lora_r", ge=1)
     lora_dropout: float = knob(
-        0.0, "identity", "share of a LoRA input zeroed in training", ge=0, lt=1
+        0.0, "identity", "dropout on the input of each LoRA module", ge=0, lt=1
     )
     lora_target_modules: tuple[str, ...] | None = knob(
-        None, "identity", "names, or all-linear; default PEFT's own"
+        None, "identity", "module names, or all-linear; default: PEFT's own"
     )
     use_rslora: bool = knob(False, "identity", "scale by lora_alpha / sqrt(lora_r) instead")
     use_dora: bool = knob(
-        False, "identity", "train the magnitude of each weight column apart (DoRA)"
+        False, "identity", "DoRA: the magnitude of each weight column is trained apart"
     )
     gradient_checkpointing: bool = knob(
-        False, "announced", "recompute activations in backward: memory for time"
+        False, "announced", "recompute activations in backward: less memory, more time"
     )
 
     # What it is trained on.
@@ -77,24 +77,24 @@ class Config:
         "train", "resolved", "split to train on, such as train or train[:1000]"
     )
     dataset_test_split: str | None = knob(
-        None, "resolved", "split to hold out whole, instead of eval_fraction"
+        None, "resolved", "validation split, instead of eval_fraction"
     )
     eval_fraction: float = knob(
-        0.0, "identity", "share of the rows held out, drawn by seed", ge=0, lt=1
+        0.0, "identity", "share of the rows held out for validation, drawn by seed", ge=0, lt=1
     )
     dataset_text_field: str = knob("text", "identity", "the column that holds the text")
     text_template: str | None = knob(
         None, "identity", "text of a row, such as '{quote} - {author}'"
     )
     prompt_template: str | None = knob(
-        None, "identity", "with completion_template: read, never a target"
+        None, "identity", "with completion_template: context, never a target"
     )
     completion_template: str | None = knob(
         None, "identity", "with prompt_template: the only targets"
     )
     max_length: int = knob(512, "identity", "tokens per row, end-of-text included", ge=2)
     truncation: Literal["truncate", "drop", "error"] = knob(
-        "truncate", "identity", "what happens to longer rows"
+        "truncate", "identity", "of rows longer than max_length"
     )
 
     # How it is trained.
@@ -110,40 +110,38 @@ class Config:
         "tokens in one forward of one process, padding included; auto: halved until it fits",
     )
     padding_free: bool = knob(
-        True, "resolved", "rows end to end instead of padded, where hidden states stay the same"
+        True,
+        "resolved",
+        "rows packed end to end, none seeing another, where hidden states stay the same",
     )
     fused_loss: bool = knob(
         True, "announced", "each logit computed once, with its gradient; false: twice, in chunks"
     )
-    num_train_epochs: float = knob(
-        3.0, "identity", "passes over the rows; fractions are allowed", gt=0
-    )
+    num_train_epochs: float = knob(3.0, "identity", "epochs; fractions are allowed", gt=0)
     max_steps: int | None = knob(
         None, "identity", "optimizer steps; replaces num_train_epochs", ge=1
     )
-    learning_rate: float = knob(2e-4, "identity", "the schedule's peak, per update", gt=0)
+    learning_rate: float = knob(2e-4, "identity", "peak of the schedule", gt=0)
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = knob(
-        "linear", "identity", "shape after warm-up"
+        "linear", "identity", "decay after warm-up"
     )
     warmup_steps: float = knob(
-        0.0, "identity", "steps from 0 to the peak; below 1 a share of the run", ge=0
+        0.0, "identity", "steps from 0 to the peak; below 1: a share of the run", ge=0
     )
     optim: Literal["adamw_torch", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = knob(
         "adamw_torch",
         "identity",
-        "AdamW; its moments in 8 bits, or paged out when the GPU's memory is short",
+        "AdamW; moments in 8 bits, or paged out when the GPU's memory is short",
     )
     weight_decay: float = knob(0.0, "identity", "decoupled, on adapter tensors only", ge=0)
-    adam_beta1: float = knob(0.9, "identity", "decay of the mean of gradients", ge=0, lt=1)
-    adam_beta2: float = knob(
-        0.999, "identity", "decay of the mean of squared gradients", ge=0, lt=1
-    )
+    adam_beta1: float = knob(0.9, "identity", "decay of the first moment", ge=0, lt=1)
+    adam_beta2: float = knob(0.999, "identity", "decay of the second moment", ge=0, lt=1)
     adam_epsilon: float = knob(1e-8, "identity", "added to the root of the second moment", gt=0)
     max_grad_norm: float = knob(
-        1.0, "identity", "the gradient's norm is cut to this; 0 leaves it", ge=0
+        1.0, "identity", "clip the gradient norm to this; 0: no clipping", ge=0
     )
     full_determinism: bool = knob(
-        False, "announced", "deterministic kernels; set for CUDA, not yet run there"
+        False, "announced", "deterministic kernels: the same bytes on a GPU too, at some speed"
     )
 
     # What is written, and when.
@@ -155,7 +153,10 @@ class Config:
         2, "free", "checkpoints kept; two, so that one is always whole", ge=2
     )
     eval_steps: int | None = knob(
-        None, "identity", "steps between held-out losses; always first and last", ge=1
+        None,
+        "identity",
+        "steps between validations; always before the first and after the last",
+        ge=1,
     )
     logging_steps: int = knob(
         10, "free", "steps between lines where there is no progress bar", ge=1
@@ -165,7 +166,7 @@ class Config:
     )
     resume_from_checkpoint: str = knob("auto", "free", "auto, none, or a checkpoint of output_dir")
     sample_prompt: str | None = knob(
-        None, "free", "continued by the base before and the adapter after"
+        None, "free", "continued by the base before, and by the adapter after training"
     )
 
     @field_validator("*", mode="before")

@@ -1,6 +1,5 @@
 """AdamW over the adapter, and the learning rate as a pure function of the step."""
 
-import functools
 import math
 from collections.abc import Callable, Iterable
 
@@ -12,33 +11,34 @@ from loop.config.knobs import Config
 from loop.errors import CheckpointError, ConfigError
 
 
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw_torch": torch.optim.AdamW,
+    "adamw_bnb_8bit": bitsandbytes.optim.AdamW8bit,
+    "paged_adamw_32bit": bitsandbytes.optim.PagedAdamW32bit,
+    "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
+}
+"""What each value of the knob `optim` builds."""
+
+
 def adamw(parameters: Iterable[nn.Parameter], config: Config) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019), in the order given. The step's learning rate is set by
-    the loop.
+    """AdamW (Loshchilov and Hutter 2019) over the parameters in their order; the loop sets its rate.
 
     torch's, or bitsandbytes' with moments in blocks of 8 bits (Dettmers et al. 2022), or paged: in
     memory that the GPU's driver moves out when it is short. Raises: ConfigError for a paged one
     without a GPU."""
     parameters = list(parameters)
-    if config.optim.startswith("paged") and parameters[0].device.type != "cuda":
-        raise ConfigError(
-            f"optim: {config.optim} pages GPU memory, and there is no GPU; write adamw_bnb_8bit"
-        )
-    one_kernel = (
-        parameters[0].device.type == "cuda" or None
-    )  # torch's own choice elsewhere; not yet run on a GPU
-    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
-        "adamw_torch": functools.partial(torch.optim.AdamW, fused=one_kernel),
-        "adamw_bnb_8bit": bitsandbytes.optim.AdamW8bit,
-        "paged_adamw_32bit": bitsandbytes.optim.PagedAdamW32bit,
-        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
-    }
-    return kinds[config.optim](
+    on_gpu = parameters[0].device.type == "cuda"
+    if config.optim.startswith("paged") and not on_gpu:
+        hint = "pages GPU memory, and there is no GPU; write adamw_bnb_8bit"
+        raise ConfigError(f"optim: {config.optim} {hint}")
+    one_kernel = {"fused": True} if on_gpu and config.optim == "adamw_torch" else {}
+    return OPTIMIZERS[config.optim](
         parameters,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
+        **one_kernel,
     )
 
 

@@ -16,6 +16,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+import loop.data.encode
 from loop.config.knobs import Config
 from loop.data.encode import render
 from loop.data.examples import Data, Examples, load_data
@@ -629,6 +630,22 @@ def test_what_decides_the_tokens_decides_the_cache(
         .keys()
         .isdisjoint(cache_files(load(tmp_path / "rows.jsonl", **knobs)))
     )
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_an_edit_of_the_encoder_or_of_the_tokenizer_s_code_decides_the_cache(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: int
+) -> None:
+    decisive = list(loop.data.encode._DECISIVE_CODE)
+    assert [path.name for path in decisive] == ["encode.py", "tokenizer.py"]
+    before = cache_files(load(HUNDRED))
+    edited = tmp_path / decisive[changed].name
+    edited.write_text(
+        decisive[changed].read_text(encoding="utf-8") + "# edited\n", encoding="utf-8"
+    )
+    decisive[changed] = edited
+    monkeypatch.setattr(loop.data.encode, "_DECISIVE_CODE", decisive)
+    assert before.keys().isdisjoint(cache_files(load(tmp_path / "rows.jsonl")))
 
 
 def test_another_tokenizer_does_not_read_the_first_ones_cache(

@@ -1,5 +1,6 @@
 import json
 import shutil
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ from transformers import get_scheduler
 
 from loop.config.knobs import Config
 from loop.errors import CheckpointError, ConfigError
-from loop.update.optim import adamw, learning_rate, optimizer_tensors, restore_optimizer, warmup
+from loop.update.optim import (
+    OPTIMIZERS,
+    adamw,
+    learning_rate,
+    optimizer_tensors,
+    restore_optimizer,
+    warmup,
+)
 from tests.conftest import flags
 from tests.processes import start, wait_until
 from tests.test_train import assert_same_run, step_lines
@@ -479,3 +487,7 @@ def test_a_run_with_torchs_adamw_does_not_go_on_in_8_bits(runs: Path) -> None:
     ).read_bytes()
     found = [json.loads((runs / name / "run.json").read_bytes()) for name in ("other", "torch")]
     assert found[0] == found[1]
+
+
+def test_each_optimizer_of_the_knob_is_built_and_no_other() -> None:
+    assert set(OPTIMIZERS) == set(typing.get_args(typing.get_type_hints(Config)["optim"]))
