@@ -1,19 +1,15 @@
-"""Prompts continued by a run's adapter, a checkpoint's, or a plain model: `python -m loop.generate
-RUN|MODEL`.
+"""Prompts continued by a run, a checkpoint or a plain model: `python -m loop.generate RUN|MODEL`.
 
 Runs on the GPU if torch sees one, else on the CPU, without the autocast of training: the base in
-the dtype and quantisation of the run's config (where it names none, the device's default, which may
+the dtype and quantization of the run's config (where it names none, the device's default, which may
 change a word), LoRA in the dtype that it was trained in. What comes out is an impression; the
 measure of a run is its held-out loss."""
 
-if (
-    __name__ == "__main__"
-):  # what is imported below takes seconds; `start` imports this file by its name
+if __name__ == "__main__":  # the imports below take seconds; `start` imports this file by its name
     from loop.process.command import start
 
-    start("loop.generate")
+    start("generate")
 
-import argparse
 import io
 import json
 import sys
@@ -24,7 +20,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from loop.config.command_line import CommandParser, underscored
+from loop.config.flags import generate_flags
 from loop.data.tokenizer import load_tokenizer, prompt_tokens
 from loop.errors import ConfigError
 from loop.finished.named_model import find_named_model, load_model
@@ -41,25 +37,17 @@ def complete(
     """One continuation: its text, its number of tokens (with the end-of-text), and what stopped it.
 
     Raises: ConfigError where the model does not have that many positions."""
-    given, eos, pad = (
-        prompt_tokens(tokenizer, prompt),
-        tokenizer.eos_token_id,
-        tokenizer.pad_token_id,
-    )
+    given, eos = prompt_tokens(tokenizer, prompt), tokenizer.eos_token_id
+    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and len(given) + max_new_tokens > context:
         lengths = f"found {len(given)} tokens and --max_new_tokens {max_new_tokens}"
         raise ConfigError(
             f"--prompt: {lengths}, the model takes {context} together; shorten one of them"
         )
-    drawn = (
-        {"temperature": temperature, "top_k": 0} if temperature > 0 else {}
-    )  # the library would draw from 50
-    ends = {
-        "max_new_tokens": max_new_tokens,
-        "eos_token_id": eos,
-        "pad_token_id": eos if pad is None else pad,
-    }
+    # By default the library would draw from the 50 likeliest.
+    drawn = {"temperature": temperature, "top_k": 0} if temperature > 0 else {}
+    ends = {"max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": pad}
     generation = GenerationConfig(do_sample=temperature > 0, **drawn, **ends)
     inputs = torch.tensor([given], device=model.device)
     tokens = model.generate(  # type: ignore[operator]
@@ -88,54 +76,10 @@ def read_prompts() -> Iterator[str]:
         yield line
 
 
-def parse_options(argv: list[str]) -> argparse.Namespace:
-    """Raises: ConfigError that lists every number out of its range; SystemExit(0) after
-    `--help`."""
-    about = "Continue --prompt, or each line of stdin up to its end or an empty line."
-    plain = "Nothing is done against repetition: what repeats itself is the model."
-    parser = CommandParser(
-        prog="loop.generate", description=about, epilog=plain, allow_abbrev=False
-    )
-    parser.add_argument(
-        "named",
-        metavar="RUN|MODEL",
-        help="a run, RUN/checkpoints/step-N, a model's folder or Hub id",
-    )
-    parser.add_argument(
-        "--prompt", metavar="TEXT", help="the text to continue (default: lines of stdin)"
-    )
-    parser.add_argument("--max_new_tokens", type=int, default=40, metavar="N", help="(default 40)")
-    greedy = "0 takes the likeliest token, above 0 draws from all of them (default 0)"
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help=greedy)
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=42,
-        metavar="N",
-        help="of the draws, anew each prompt (default 42)",
-    )
-    parser.add_argument(
-        "--base", action="store_true", help="without the adapter: what the run started from"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object a line instead of text"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    options = parser.parse_args([underscored(word) for word in argv])
-    wrong = [
-        f"--{name}: found {value}, expected {least} or more, and less than 2**32"
-        for name, least in (("max_new_tokens", 1), ("temperature", 0), ("seed", 0))
-        if not least <= (value := getattr(options, name)) < 2**32
-    ]
-    if wrong:
-        raise ConfigError("\n".join(wrong))
-    return options
-
-
 @anonymous()
 def main(argv: list[str]) -> None:
     """`python -m loop.generate`: nothing but what was asked for goes to stdout."""
-    options = parse_options(argv)
+    options = generate_flags(argv)
     if not sys.stderr.isatty():
         disable_progress_bar()
     named = find_named_model(options.named, options.base)
@@ -143,25 +87,13 @@ def main(argv: list[str]) -> None:
     if options.prompt is not None:
         prompt_tokens(tokenizer, options.prompt)  # refused now, not after the base has been loaded
     model = load_model(named)
-    shared = {
-        "model": named.config.model_name_or_path,
-        "adapter": named.adapter and str(named.adapter),
-    }
+    adapter = named.adapter and str(named.adapter)
+    shared = {"model": named.config.model_name_or_path, "adapter": adapter}
     shared |= {"adapter_sha256": named.adapter_sha256, "seed": options.seed}
     numbers = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
     for prompt in read_prompts() if options.prompt is None else [options.prompt]:
         torch.manual_seed(options.seed)  # anew, so that no answer depends on those before it
-        answer = {
-            "prompt": prompt,
-            **complete(model, tokenizer, prompt, **numbers),
-            **shared,
-            **numbers,
-        }
-        print(
-            (
-                json.dumps(answer, ensure_ascii=False)
-                if options.json
-                else prompt + answer["completion"]
-            ),
-            flush=True,
-        )
+        answer = {"prompt": prompt, **complete(model, tokenizer, prompt, **numbers)}
+        answer |= {**shared, **numbers}
+        text = prompt + answer["completion"]
+        print(json.dumps(answer, ensure_ascii=False) if options.json else text, flush=True)

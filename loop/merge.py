@@ -1,14 +1,12 @@
-"""A plain model from base and adapter: `python -m loop.merge RUN --output DIR`, for engines that
-take no adapter."""
+"""A plain model from base and adapter: `python -m loop.merge RUN --output DIR`.
 
-if (
-    __name__ == "__main__"
-):  # what is imported below takes seconds; `start` imports this file by its name
+For engines that take no adapter."""
+
+if __name__ == "__main__":  # the imports below take seconds; `start` imports this file by its name
     from loop.process.command import start
 
-    start("loop.merge")
+    start("merge")
 
-import argparse
 import shutil
 from contextlib import suppress
 from dataclasses import replace
@@ -19,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from loop.config.command_line import CommandParser, underscored
+from loop.config.flags import merge_flags
 from loop.data.tokenizer import load_tokenizer
 from loop.errors import ConfigError, EnvironmentFault
 from loop.finished.named_model import (
@@ -48,7 +46,7 @@ class Comparison(NamedTuple):
 def merge(named: NamedModel, output: Path) -> Comparison:
     """Write base and adapter as one model, read it again, and compare.
 
-    The base is loaded unquantised, whatever it was trained in. Raises: ConfigError if `output` is
+    The base is loaded unquantized, whatever it was trained in. Raises: ConfigError if `output` is
     there already; EnvironmentFault if the disk refuses, and then nothing is left of it."""
     assert named.adapter is not None
     if output.exists():
@@ -67,15 +65,10 @@ def merge(named: NamedModel, output: Path) -> Comparison:
         temporary.mkdir(parents=True)
         merged.save_pretrained(temporary, max_shard_size=SHARD)
         load_tokenizer(config).save_pretrained(temporary)
-        for path in temporary.glob("*.safetensors"):
-            shutil.copymode(
-                temporary / "config.json", path
-            )  # the library writes these for the owner alone
-        merged_logits = logits(
-            load_for_inference(
-                replace(config, model_name_or_path=str(temporary), model_revision=None)
-            )
-        )
+        for path in temporary.glob("*.safetensors"):  # which the library lets the owner alone read
+            shutil.copymode(temporary / "config.json", path)
+        written = replace(config, model_name_or_path=str(temporary), model_revision=None)
+        merged_logits = logits(load_for_inference(written))
         temporary.rename(output)
     except (OSError, SafetensorError) as error:
         words = error.strerror if isinstance(error, OSError) else str(error)
@@ -83,34 +76,14 @@ def merge(named: NamedModel, output: Path) -> Comparison:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     same = int((merged_logits.argmax(-1) == unmerged.argmax(-1)).sum())
-    return Comparison(
-        float((merged_logits - unmerged).abs().max()),
-        float(unmerged.abs().max()),
-        same,
-        len(merged_logits),
-    )
-
-
-def parse_options(argv: list[str]) -> argparse.Namespace:
-    """Raises: ConfigError; SystemExit(0) after `--help`."""
-    about = (
-        "Merge an adapter into its base, unquantised, as sharded safetensors with the tokenizer."
-    )
-    parser = CommandParser(prog="loop.merge", description=about, allow_abbrev=False)
-    parser.add_argument("run", metavar="RUN", help="a run, or RUN/checkpoints/step-N")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new folder")
-    dtypes = ("float32", "bfloat16", "float16")
-    parser.add_argument(
-        "--dtype", choices=dtypes, help="of the base and of what is written (default: the run's)"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args([underscored(word) for word in argv])
+    difference, largest = (merged_logits - unmerged).abs().max(), unmerged.abs().max()
+    return Comparison(float(difference), float(largest), same, len(merged_logits))
 
 
 @anonymous()
 def main(argv: list[str]) -> None:
     """`python -m loop.merge`."""
-    options = parse_options(argv)
+    options = merge_flags(argv)
     disable_progress_bar()
     named = find_named_model(options.run, base_only=False)
     if named.adapter is None:
@@ -121,8 +94,7 @@ def main(argv: list[str]) -> None:
     compared = merge(named, options.output)
     print(f"merged     {named.config.model_name_or_path} and {named.adapter}, {named.config.dtype}")
     largest = f"{compared.largest_difference:.3g}, where they reach {compared.largest_logit:.3g}"
-    choice = (
-        f"the likeliest token is the same at {compared.same_choice} of {compared.positions} places"
-    )
+    same = f"the same at {compared.same_choice} of {compared.positions} places"
+    choice = f"the likeliest token is {same}"
     print(f"logits     differ from those unmerged by at most {largest}; {choice}")
     print(f"written    {options.output}")

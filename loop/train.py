@@ -1,11 +1,9 @@
 """main -> train -> optimizer_step: the only file with control flow over steps."""
 
-if (
-    __name__ == "__main__"
-):  # what is imported below takes seconds; `start` imports this file by its name
+if __name__ == "__main__":  # the imports below take seconds; `start` imports this file by its name
     from loop.process.command import start
 
-    start("loop.train")
+    start("train")
 
 import math
 from contextlib import nullcontext
@@ -94,9 +92,8 @@ def optimizer_step(run: Run, step: Step, rate: float, signals: Signals) -> Updat
 
 def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
     """Which units are dropped is a function of these three, so nothing of it needs saving."""
-    torch.manual_seed(
-        int(np.random.SeedSequence((seed, step, micro_batch)).generate_state(1, np.uint64)[0])
-    )
+    words = np.random.SeedSequence((seed, step, micro_batch)).generate_state(1, np.uint64)
+    torch.manual_seed(int(words[0]))
 
 
 def set_gradients(parameters: dict[str, nn.Parameter], flat: Tensor) -> list[nn.Parameter]:
@@ -123,18 +120,15 @@ def train(config: Config, set_by: dict[str, str] | None = None) -> Result:
     accelerator = make_accelerator(config)
     lock = lock_folder(Path(config.output_dir)) if accelerator.is_main_process else nullcontext()
     with Signals() as signals, anonymous(), lock as notice:
-        return train_run(
-            prepare_run(config, accelerator), signals, set_by or {}, [notice] if notice else []
-        )
+        run = prepare_run(config, accelerator)
+        return train_run(run, signals, set_by or {}, [notice] if notice else [])
 
 
 def train_run(run: Run, signals: Signals, set_by: dict[str, str], notices: list[str]) -> Result:
-    """The loop over steps. What is not guarded by `record` is done by all processes, collectives
-    included."""
+    """The loop over steps; what `record` does not guard, all processes do, collectives included."""
     config, accelerator = run.config, run.accelerator
-    checkpoint, passed_over = find_checkpoint(
-        run.folder, config.resume_from_checkpoint, run.identity
-    )
+    requested = config.resume_from_checkpoint
+    checkpoint, passed_over = find_checkpoint(run.folder, requested, run.identity)
     compare_processes(accelerator, {"checkpoint to go on from": checkpoint and checkpoint.step})
     if checkpoint is not None:
         restore(run, checkpoint)
@@ -151,9 +145,8 @@ def train_run(run: Run, signals: Signals, set_by: dict[str, str], notices: list[
         evaluate(run, record, 0)
     signals.defer()
     on_gpu = accelerator.device.type == "cuda"
-    for step in DataLoader(
-        run.steps, sampler=range(first, last), batch_size=None, pin_memory=on_gpu
-    ):
+    loader = DataLoader(run.steps, sampler=range(first, last), batch_size=None, pin_memory=on_gpu)
+    for step in loader:
         rate = learning_rate(step.step, config, run.num_steps)
         update = optimizer_step(run, step, rate, signals)
         done, request = step.step + 1, signals.take(update.signals)
@@ -180,8 +173,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
 
 
 def open_record(run: Run, checkpoint: Checkpoint | None, set_by: dict[str, str]) -> Record:
-    """Say what is about to run, write `config.yaml` and this session into `run.json`, and open the
-    ledger."""
+    """Describe the run, write `config.yaml` and a session into `run.json`, and open the ledger."""
     first_step = checkpoint.step if checkpoint else 0
     changes = differences(checkpoint.environment, run.environment) if checkpoint else []
     resumed = [f"resume from step {first_step}, {run.folder / 'checkpoints'}"] if checkpoint else []
@@ -190,14 +182,9 @@ def open_record(run: Run, checkpoint: Checkpoint | None, set_by: dict[str, str])
         print(f"not bit-exact from step {first_step}: {change}", flush=True)
     where = {**run.environment, "source_commit": source_commit()}
     open_session(run.folder / "run.json", run_facts(run), where, first_step, changes)
-    resolved = {
-        name: "found"
-        for name in FIELDS
-        if getattr(run.config, name) != getattr(run.requested, name)
-    }
-    replace_file(
-        run.folder / "config.yaml", config_yaml(run.config, {**set_by, **resolved}).encode()
-    )
+    filled = [name for name in FIELDS if getattr(run.config, name) != getattr(run.requested, name)]
+    resolved = config_yaml(run.config, {**set_by, **dict.fromkeys(filled, "found")})
+    replace_file(run.folder / "config.yaml", resolved.encode())
     start = checkpoint.ledger if checkpoint else LedgerPosition(0, 0, run.identity_sha256)
     return Record(run.folder, start, first_step, run.num_steps, run.config.logging_steps)
 
@@ -205,25 +192,22 @@ def open_record(run: Run, checkpoint: Checkpoint | None, set_by: dict[str, str])
 def evaluate(run: Run, record: Record | None, updates: int) -> None:
     """Take the held-out loss after `updates` updates, on all processes, if rows were held out.
 
-    Raises: TrainingStateError by name if a forward without gradients has changed a frozen tensor,
-    silently."""
+    Raises: TrainingStateError by name if a forward without gradients changed a frozen tensor."""
     if len(run.data.heldout) > 0:
         loss = heldout_loss(run.accelerator, run.loss, run.data.heldout, run.steps)
         if record is not None:
             record.evaluation(updates, loss, run.data.counts["heldout_target_tokens"])
-    changed = [
-        name for name, tensor in frozen_tensors(run.model).items() if tensor != run.frozen[name]
-    ]
+    now = frozen_tensors(run.model)
+    changed = [name for name, tensor in now.items() if tensor != run.frozen[name]]
     if changed:
-        raise TrainingStateError(
-            f"{changed[0]}: its shape or dtype changed in a forward; gradients would be wrong or"
-            " lost"
-        )
+        reason = "its shape or dtype changed in a forward; gradients would be wrong or lost"
+        raise TrainingStateError(f"{changed[0]}: {reason}")
 
 
 def save(run: Run, record: Record, step: int) -> None:
-    """Write the checkpoint after `step` updates, then prune. Main process only; no other waits for
-    its disk."""
+    """Write the checkpoint after `step` updates, then prune.
+
+    On the main process alone: no other waits for its disk."""
     checkpoint = Checkpoint(
         step=step,
         identity=run.identity,

@@ -29,9 +29,10 @@ ORDER = [
     "generate",
     "merge",
     "guide_table",
+    "__main__",
 ]
 """Folders and files of loop/, lowest first: each imports only what stands before it."""
-COMMANDS = {"finished", "publish", "generate", "merge", "guide_table"}
+COMMANDS = {"finished", "publish", "generate", "merge", "guide_table", "__main__"}
 """What training never reaches."""
 OWNERS = {  # outside package -> the only files that may import it
     "peft": (

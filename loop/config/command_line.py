@@ -1,5 +1,4 @@
-"""Default < file < flag: a command line and its recipe become one `Config`, or one list of what is
-wrong with them."""
+"""Default < file < flag: a command line and its recipe become one `Config` or a list of errors."""
 
 import argparse
 import dataclasses
@@ -36,16 +35,13 @@ def parse_command_line(argv: list[str], num_processes: int = 1) -> CommandLine:
     values: dict[str, Any] = {}
     set_by = dict.fromkeys(FIELDS, "default")
     foreign: dict[str, Any] = {}
-    for setter, given in (
-        ("file", _read_recipe(options.config) if options.config else {}),
-        ("flag", flags),
-    ):
+    recipe = _read_recipe(options.config) if options.config else {}
+    for setter, given in (("file", recipe), ("flag", flags)):
         foreign |= {key: value for key, value in given.items() if key not in FIELDS}
         for name in given.keys() - foreign.keys():
             values[name], set_by[name] = given[name], setter
-    errors += answer_unknown_keys(
-        foreign, num_processes, [*FIELDS, "config", "print_config", "debug"]
-    )
+    names = [*FIELDS, "config", "print_config", "debug"]
+    errors += answer_unknown_keys(foreign, num_processes, names)
     try:
         config = Config(**values)
     except ValidationError as error:
@@ -60,19 +56,17 @@ def config_yaml(config: Config, set_by: dict[str, str]) -> str:
     """The resolved config as YAML that `--config` reads back, each line with who set it."""
     lines = []
     for name, value in knob_values(config).items():
-        plain = str(
-            value
-        ).isprintable()  # else escaped: YAML folds some line ends that are text here
-        text = yaml.safe_dump(
-            [value], allow_unicode=plain, width=10**6, default_flow_style=True
-        ).strip()[1:-1]
+        plain = str(value).isprintable()  # else escaped: YAML folds line ends that are text here
+        listed = yaml.safe_dump([value], allow_unicode=plain, width=10**6, default_flow_style=True)
+        text = listed.strip()[1:-1]
         lines.append(f"{name + ': ' + text:<60}  # {set_by.get(name, 'python')}\n")
     return "".join(lines)
 
 
 def find_recipe(name: str) -> Path:
-    """A path as given, else the packaged recipe of that name. Raises: ConfigError that lists those
-    there are."""
+    """A path as given, else the packaged recipe of that name.
+
+    Raises: ConfigError that lists those there are."""
     folder = Path(str(resources.files("loop"))) / "recipes"
     for path in (Path(name), folder / f"{name}.yaml"):
         if path.is_file():
@@ -88,21 +82,46 @@ class CommandParser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; --help lists the flags")
 
 
+_GROUPS = {
+    "model_name_or_path": "what is trained",
+    "dataset_name": "what it is trained on",
+    "seed": "how it is trained",
+    "output_dir": "what is written, and when",
+}
+"""The knob with which a group begins in `--help` -> its title."""
+_EXAMPLES = """
+Each knob is a key of the YAML file too; default < file < flag. Flags take - or _. Precision and
+processes are the launch config's, which goes in front:
+
+  accelerate launch --quiet --config_file launch_configs/cpu.yaml -m loop.train --config demo
+  accelerate launch --quiet --config_file launch_configs/one_gpu.yaml -m loop.train \\
+      --model_name_or_path bigscience/bloom-560m --dataset_name rows.jsonl --output_dir runs/rows
+  python -m loop.train --config demo --learning_rate 1e-4 --print_config    # check, and stop
+"""
+
+
 def _parse_flags(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any], list[str]]:
     parser = CommandParser(
-        prog="loop.train", description="LoRA for a causal LM.", allow_abbrev=False
+        prog="loop.train",
+        usage="loop.train [--config RECIPE] [--KNOB VALUE ...]",
+        description="Fine-tune a causal language model with LoRA; the same command goes on.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="RECIPE", help="a YAML file, or the name of a recipe")
-    parser.add_argument(
-        "--print_config", action="store_true", help="print the resolved config and stop"
-    )
+    stop = "print each knob, and who set it, and stop"
+    parser.add_argument("--print_config", action="store_true", help=stop)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    group = parser.add_argument_group()
     for name, field in FIELDS.items():
-        default = "required" if field.is_required() else f"default {field.default}"
-        text = f"{field.description} ({default})".replace("%", "%%")
+        if name in _GROUPS:
+            group = parser.add_argument_group(_GROUPS[name])
+        text = f"{field.description}{_default(field)}".replace("%", "%%")
         optional: dict[str, Any] = {"nargs": "?", "const": "true"} if TYPES[name] is bool else {}
-        parser.add_argument(
-            f"--{name}", default=argparse.SUPPRESS, metavar="VALUE", help=text, **optional
+        metavar = _metavar(TYPES[name])
+        group.add_argument(
+            f"--{name}", default=argparse.SUPPRESS, metavar=metavar, help=text, **optional
         )
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own takes -1e-4 for a flag
     known, rest = parser.parse_known_args([underscored(word) for word in argv])
@@ -117,6 +136,28 @@ def _parse_flags(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any], l
     return known, flags, errors
 
 
+def _default(field: Any) -> str:
+    """What `--help` shows behind a knob's description; nothing where none is the default."""
+    if field.is_required():
+        return " (required)"
+    return "" if field.default is None else f" (default {str(field.default).lower()})"
+
+
+def _metavar(expected: Any) -> str:
+    """What `--help` shows behind a flag: the choices, or the kind of value."""
+    words = _choices(expected)
+    return words[0] if len(words) == 1 else "{" + ",".join(words) + "}"
+
+
+def _choices(expected: Any) -> list[str]:
+    """The words of a type: those of a Literal as they are, one for any other kind of value."""
+    kinds = [(bool, "true|false"), (int, "N"), (float, "X"), (str, "TEXT")]
+    kinds += [(tuple[str, ...], "NAME,NAME")]
+    known = [word for kind, word in kinds if kind == expected]
+    known += [expected] if isinstance(expected, str) else []
+    return known or [word for part in typing.get_args(expected) for word in _choices(part)]
+
+
 def underscored(word: str) -> str:
     """`--learning-rate=1e-4` as `--learning_rate=1e-4`; values are left alone."""
     name, equals, value = word.partition("=")
@@ -124,8 +165,7 @@ def underscored(word: str) -> str:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without duplicate keys and without aliases, which no config needs and a bomb is made
-    of."""
+    """YAML without duplicate keys, and without aliases: no config needs one, a bomb needs many."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -145,19 +185,16 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _read_recipe(name: str) -> dict[str, Any]:
-    """The recipe's values; a path that starts with ./ or ../ is relative to the recipe's own
-    folder."""
+    """The recipe's values; a path that starts with ./ or ../ is relative to its own folder."""
     path = find_recipe(name)
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader) or {}
     except (yaml.YAMLError, ValueError, KeyError, RecursionError) as error:
-        raise ConfigError(
-            f"{path}: not a YAML file of knobs: {' '.join(str(error).split())}"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: not a YAML file of knobs: {reason}") from error
     if not isinstance(values, dict):
-        raise ConfigError(
-            f"{path}: found a {type(values).__name__}, expected lines of 'knob: value'"
-        )
+        kind = type(values).__name__
+        raise ConfigError(f"{path}: found a {kind}, expected lines of 'knob: value'")
     if LAUNCH_FILE_KEYS & values.keys():
         launch = f"accelerate launch --config_file {path} -m loop.train --config RECIPE"
         raise ConfigError(f"--config: {path} is a launch file: {launch}")
@@ -168,12 +205,9 @@ def _read_recipe(name: str) -> dict[str, Any]:
 
 
 def _explain(details: list[Any], set_by: dict[str, str]) -> str:
-    """pydantic's errors of one knob as one line (a contradiction between knobs may bring
-    several)."""
-    messages = [
-        str(detail["msg"]).removeprefix("Value error, ").removeprefix("Input ")
-        for detail in details
-    ]
+    """pydantic's errors of one knob as one line; a contradiction between knobs may bring more."""
+    texts = [str(detail["msg"]) for detail in details]
+    messages = [text.removeprefix("Value error, ").removeprefix("Input ") for text in texts]
     if not details[0]["loc"]:
         return messages[0]
     name = str(details[0]["loc"][0])

@@ -19,8 +19,7 @@ recorded, and "not bit-exact from step N" is said. free: changes no number of th
 
 
 def knob(default: Any, resume: ResumeRole, help: str, **limits: float) -> Any:
-    """A field with its default (... for none), its meaning for a resume, its help text and
-    pydantic's limits."""
+    """A field: default (... for none), meaning for a resume, help text and pydantic's limits."""
     field: Any = Field  # mypy cannot match its overloads to forwarded limits
     return field(default, description=help, json_schema_extra={"resume": resume}, **limits)
 
@@ -172,21 +171,17 @@ class Config:
     @field_validator("*", mode="before")
     @classmethod
     def _read_text(cls, value: Any, info: Any) -> Any:
-        """What a flag or YAML 1.1 can only say as text: none, a list; and a YAML `yes` is no
-        number."""
+        """What a flag or YAML 1.1 can only say as text: none, a list; a YAML `yes` is no number."""
         expected = TYPES[info.field_name]
-        if (
-            type(None) in typing.get_args(expected)
-            and isinstance(value, str)
-            and value.lower() in ("none", "null")
-        ):
+        options = typing.get_args(expected)
+        says_none = isinstance(value, str) and value.lower() in ("none", "null")
+        if says_none and type(None) in options:
             return None
-        if tuple[str, ...] in typing.get_args(expected) and isinstance(value, (str, list, tuple)):
+        if tuple[str, ...] in options and isinstance(value, (str, list, tuple)):
             names = value.split(",") if isinstance(value, str) else value
             return tuple(sorted({str(name).strip() for name in names}))
-        if info.field_name in ("model_name_or_path", "dataset_name") and str(value).startswith(
-            ("./", "../")
-        ):
+        may_be_path = info.field_name in ("model_name_or_path", "dataset_name")
+        if may_be_path and str(value).startswith(("./", "../")):
             return os.path.abspath(value)  # in RUN/config.yaml it would be relative to RUN
         if info.field_name == "output_dir" and str(value).strip()[:1] in ("", "~"):
             raise ValueError("expected a folder, its ~ replaced")
@@ -199,15 +194,9 @@ class Config:
     def _check_template(cls, template: str | None, info: Any) -> str | None:
         try:
             (template or "").format_map(collections.defaultdict(str))
-            columns = [
-                parts[1:3]
-                for parts in string.Formatter().parse(template or "")
-                if parts[1] is not None
-            ]
-            if any(
-                str(name).isdigit() or set(".[{") & {*str(name), *(spec or "")}
-                for name, spec in columns
-            ):
+            parsed = string.Formatter().parse(template or "")
+            columns = [(name, spec or "") for _, name, spec, _ in parsed if name is not None]
+            if any(name.isdigit() or set(".[{") & {*name, *spec} for name, spec in columns):
                 raise ValueError
         except (ValueError, LookupError, AttributeError) as error:
             raise ValueError("expected plain columns such as {quote}") from error
@@ -229,9 +218,7 @@ class Config:
 
     def knobs(self, *roles: ResumeRole) -> dict[str, Any]:
         """The knobs whose meaning for a resume is one of `roles`, as JSON values."""
-        wanted = {
-            name for name, field in FIELDS.items() if field.json_schema_extra["resume"] in roles
-        }
+        wanted = {name for name in FIELDS if FIELDS[name].json_schema_extra["resume"] in roles}
         return {name: value for name, value in knob_values(self).items() if name in wanted}
 
 
@@ -243,10 +230,8 @@ FIELDS: dict[str, Any] = {field.name: field.default for field in dataclasses.fie
 def _contradictions(config: Config) -> Iterator[str]:
     """What is wrong between knobs that are each in range."""
     if config.max_steps is not None and config.warmup_steps > config.max_steps:
-        yield (
-            f"warmup_steps: {config.warmup_steps:g} is longer than the run, max_steps"
-            f" {config.max_steps}"
-        )
+        run = f"the run, max_steps {config.max_steps}"
+        yield f"warmup_steps: {config.warmup_steps:g} is longer than {run}"
     if (config.prompt_template is None) != (config.completion_template is None):
         yield "prompt_template, completion_template: one is given, both are needed"
     if config.prompt_template is not None and config.text_template is not None:
@@ -256,9 +241,8 @@ def _contradictions(config: Config) -> Iterator[str]:
     if config.load_in_4bit and config.load_in_8bit:
         yield "load_in_4bit, load_in_8bit: both are given; choose one"
     if config.use_dora and config.load_in_8bit:
-        yield (
-            "use_dora: with load_in_8bit PEFT 0.21 loses the scales of the base; write load_in_4bit"
-        )
+        reason = "with load_in_8bit PEFT 0.21 loses the scales of the base"
+        yield f"use_dora: {reason}; write load_in_4bit"
     if config.dtype == "float64" and config.base_bits < 16:
         yield "dtype: float64 with a quantised base, which computes in float32 or less"
 
@@ -266,6 +250,4 @@ def _contradictions(config: Config) -> Iterator[str]:
 def knob_values(config: Config) -> dict[str, Any]:
     """Knobs as JSON and YAML values."""
     values = {name: getattr(config, name) for name in FIELDS}
-    return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
-    }
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}

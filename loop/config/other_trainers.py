@@ -19,12 +19,11 @@ _BATCH_KEYS = ("per_device_train_batch_size", "train_batch_size", "gradient_accu
 
 
 def answer_unknown_keys(given: dict[str, Any], num_processes: int, knobs: list[str]) -> list[str]:
-    """One line for each key that is not a knob: what it is called here, or the knob it
-    resembles."""
+    """One line for each key that is no knob: what it is called here, or the knob it resembles."""
     batch_keys = [key for key in _BATCH_KEYS if key in given]
-    answers = (
-        [f"{', '.join(batch_keys)}: {_batch_answer(given, num_processes)}"] if batch_keys else []
-    )
+    answers = []
+    if batch_keys:
+        answers.append(f"{', '.join(batch_keys)}: {_batch_answer(given, num_processes)}")
     for key in given:
         near = difflib.get_close_matches(key, knobs, n=1)
         unknown = f"unknown; did you mean {near[0]}?" if near else "unknown; --help lists the knobs"
@@ -35,16 +34,13 @@ def answer_unknown_keys(given: dict[str, Any], num_processes: int, knobs: list[s
 
 def _batch_answer(given: dict[str, Any], num_processes: int) -> str:
     """The arithmetic that three keys of other trainers stand for, done."""
-    rows = given.get(
-        "per_device_train_batch_size", given.get("train_batch_size", 8)
-    )  # 8 is transformers' default
+    default = given.get("train_batch_size", 8)  # 8 is transformers' own
+    rows = given.get("per_device_train_batch_size", default)
     accumulation = given.get("gradient_accumulation_steps", 1)
     try:
         total = int(rows) * int(accumulation) * num_processes
     except (TypeError, ValueError, OverflowError):
         return "write global_batch_size, the rows per optimizer step over all processes"
     processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
-    return (
-        f"{rows} x {accumulation} x {processes} = global_batch_size: {total}; one forward holds"
-        " micro_batch_tokens"
-    )
+    product = f"{rows} x {accumulation} x {processes} = global_batch_size: {total}"
+    return f"{product}; one forward holds micro_batch_tokens"

@@ -1,5 +1,4 @@
-"""How a command starts and how it ends: its exit code and its last words. Nothing heavy is imported
-here."""
+"""How a command starts and ends: its exit code and last words. Nothing heavy is imported here."""
 
 import importlib
 import logging
@@ -8,8 +7,10 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
+from loop.config.command_line import parse_command_line
+from loop.config.flags import generate_flags, merge_flags, publish_flags
 from loop.errors import LoopError, Stopped
 
 _PEER_ENDED = "another process ended; its own message says why"
@@ -20,25 +21,47 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(module: str) -> NoReturn:
-    """Import a command's module, run its `main` on the command line, and exit.
+class Command(NamedTuple):
+    """What `python -m loop` says of it, and what is done before its module is imported."""
 
-    The import takes seconds, in which nothing is at stake: Ctrl-C just ends them, without a
-    word."""
-    usual = signal.getsignal(signal.SIGINT)
-    if usual is signal.default_int_handler:  # not where nohup or a parent has it ignored
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # at its import it recommends a package for inference
-    main: Callable[[list[str]], None] = importlib.import_module(module).main
-    signal.signal(signal.SIGINT, usual)
-    sys.exit(run_command(lambda: main(sys.argv[1:]), debug="--debug" in sys.argv))
+    module: str  # its `main` takes the words behind the command
+    about: str
+    parse: Callable[[list[str]], object]  # without torch: refuses a typo, and answers `--help`
+
+
+COMMANDS = {
+    "train": Command("loop.train", "fine-tune an adapter, or go on with it", parse_command_line),
+    "generate": Command("loop.generate", "continue prompts with a run or a model", generate_flags),
+    "publish": Command("loop.publish.__main__", "send an adapter to the Hub", publish_flags),
+    "merge": Command("loop.merge", "write base and adapter as one model", merge_flags),
+}
+
+
+def start(name: str) -> NoReturn:
+    """Run a command on this process's command line, and exit.
+
+    Its module is imported only where the words can be read: that takes seconds, in which nothing
+    is at stake, so Ctrl-C just ends them, without a word."""
+    command, words = COMMANDS[name], sys.argv[1:]
+
+    def run() -> None:
+        command.parse(words)
+        usual = signal.getsignal(signal.SIGINT)
+        if usual is signal.default_int_handler:  # not where nohup or a parent has it ignored
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        # At its import it recommends a package for inference.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        main = importlib.import_module(command.module).main
+        signal.signal(signal.SIGINT, usual)
+        main(words)
+
+    sys.exit(run_command(run, debug="--debug" in words))
 
 
 def run_command(command: Callable[[], None], debug: bool = False) -> int:
-    """Run a command to its exit code. The last line on stderr is one sentence; a bug also shows its
-    traceback."""
+    """Run a command to its exit code.
+
+    The last line on stderr is one sentence; a bug also shows its traceback."""
     try:
         command()
         return 0
@@ -47,9 +70,8 @@ def run_command(command: Callable[[], None], debug: bool = False) -> int:
         if debug or (code == 1 and message != _PEER_ENDED):
             traceback.print_exception(error)
         elif isinstance(error, (LoopError, Stopped)) or message == _PEER_ENDED:
-            error.__traceback__ = error.__cause__ = (
-                None  # expected: the launcher shall quote the sentence only
-            )
+            # Expected: the launcher shall quote the sentence only.
+            error.__traceback__ = error.__cause__ = None
         if launched_processes() > 1:  # the launcher has the last word, and quotes this
             importlib.import_module(_ELASTIC_ERRORS).get_error_handler().record_exception(error)
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, (LoopError, Stopped)):
@@ -62,9 +84,8 @@ _ELASTIC_ERRORS = "torch.distributed.elastic.multiprocessing.errors"
 
 def _last_words(error: BaseException) -> tuple[str, int]:
     """One sentence and the exit code."""
-    torch: Any = sys.modules.get(
-        "torch"
-    )  # a command that ended before it was imported did not fail by it
+    # A command that ended before torch was imported did not fail by it.
+    torch: Any = sys.modules.get("torch")
     if isinstance(error, (LoopError, Stopped)):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
@@ -72,20 +93,15 @@ def _last_words(error: BaseException) -> tuple[str, int]:
     if torch is not None:
         memory = importlib.import_module("loop.process.memory")
         if memory.is_out_of_memory(error):
-            peak = (
-                memory.peak_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-                / 2**30
-            )
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            peak = memory.peak_memory(device) / 2**30
             knobs = "micro_batch_tokens (auto finds it) or max_length"
             hint = f"lower {knobs}, or set gradient_checkpointing or load_in_4bit: true"
             return f"out of memory after a peak of {peak:.1f} GiB; {hint}", 5
     if isinstance(error, OSError) and error.errno is not None:
-        return (
-            f"{error.filename or 'output_dir'}: {error.strerror}; what was saved before is intact",
-            5,
-        )
-    if (torch is not None and isinstance(error, torch.distributed.DistError)) or "by peer" in str(
-        error
-    ):
+        file = error.filename or "output_dir"
+        return f"{file}: {error.strerror}; what was saved before is intact", 5
+    is_torn = torch is not None and isinstance(error, torch.distributed.DistError)
+    if is_torn or "by peer" in str(error):
         return _PEER_ENDED, 1
     return f"a bug of this program: {type(error).__name__}: {error}", 1

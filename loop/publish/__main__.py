@@ -1,27 +1,24 @@
 """The adapter of a run on the Hub: `python -m loop.publish RUN --repo_id OWNER/NAME`.
 
-The only command that reads a token or writes to the network. `--dry_run` ends after the plan and
-needs neither."""
+The only command that reads a token or writes to the network.
+`--dry_run` ends after the plan and needs neither."""
 
-if (
-    __name__ == "__main__"
-):  # what is imported below takes seconds; `start` imports this file by its name
+if __name__ == "__main__":  # the imports below take seconds; `start` imports this file by its name
     from loop.process.command import start
 
-    start("loop.publish.__main__")
+    start("publish")
 
 import argparse
 import io
 import json
 import os
 import sys
-from pathlib import Path
 
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers.utils.logging import disable_progress_bar
 
-from loop.config.command_line import CommandParser, underscored
-from loop.errors import ConfigError, EnvironmentFault
+from loop.config.flags import publish_flags
+from loop.errors import EnvironmentFault
 from loop.finished.evidence import Evidence, read_evidence
 from loop.process.anonymous import anonymous
 from loop.publish.card import Target
@@ -35,57 +32,6 @@ def refuse_if_blocked(plan: Plan) -> None:
     if plan.blocked:
         reasons = "\n".join(f"BLOCKED: {error}" for error in plan.blocked)
         raise type(plan.blocked[0])(f"nothing was sent, because of {len(plan.blocked)}:\n{reasons}")
-
-
-def parse_options(argv: list[str]) -> argparse.Namespace:
-    """Raises: ConfigError; SystemExit(0) after `--help`."""
-    about = (
-        "Publish the adapter of a finished run, or of a checkpoint. Private unless --public; one"
-        " commit; verified."
-    )
-    parser = CommandParser(prog="loop.publish", description=about, allow_abbrev=False)
-    parser.add_argument(
-        "run", metavar="RUN", type=Path, help="a finished run, or RUN/checkpoints/step-000200"
-    )
-    parser.add_argument(
-        "--repo_id",
-        required=True,
-        metavar="OWNER/NAME",
-        help="the repository; made if it is not there",
-    )
-    parser.add_argument(
-        "--public", action="store_true", help="for everybody to see (default: private)"
-    )
-    parser.add_argument("--create_pr", action="store_true", help="as a pull request")
-    parser.add_argument(
-        "--revision", metavar="BRANCH", help="the branch; made if it is not there (default: main)"
-    )
-    parser.add_argument("--tag", metavar="TAG", help="a name for the commit")
-    parser.add_argument(
-        "--dry_run", action="store_true", help="end after the plan, with 0: no token, no network"
-    )
-    parser.add_argument(
-        "--base_model",
-        metavar="OWNER/BASE[@COMMIT]",
-        help="the base on the Hub, if the run read it from a folder",
-    )
-    parser.add_argument("--license", metavar="ID", help="of the adapter; BLOOM's is inherited")
-    parser.add_argument("--language", metavar="CODE", help="of the text, such as en")
-    parser.add_argument(
-        "--evidence", action="store_true", help="publish ledger.jsonl and run.json too"
-    )
-    parser.add_argument(
-        "--verify_logits",
-        action="store_true",
-        help="load base and adapter from the Hub and compare",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="the plan and what came of it as one JSON object"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    if any("\ud800" <= character <= "\udfff" for word in argv for character in word):
-        raise ConfigError("a flag that is not UTF-8")
-    return parser.parse_args([underscored(word) for word in argv])
 
 
 def make_target(options: argparse.Namespace, evidence: Evidence) -> Target:
@@ -109,11 +55,10 @@ def make_target(options: argparse.Namespace, evidence: Evidence) -> Target:
 @anonymous()
 def main(argv: list[str]) -> None:
     """`python -m loop.publish`: the plan, and unless it is a dry run what came of it."""
-    options = parse_options(argv)
+    options = publish_flags(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # a card has typographic quotes, a terminal may not
+        # A card has typographic quotes, a terminal may not.
+        sys.stdout.reconfigure(errors="backslashreplace")
     disable_progress_bar()
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -130,14 +75,11 @@ def main(argv: list[str]) -> None:
         with interruptions(options.repo_id):
             published = publish(plan, evidence, options.verify_logits)
     if options.json:
-        print(
-            json.dumps({**plan.as_json(), "published": published}, ensure_ascii=False), flush=True
-        )
+        answer = {**plan.as_json(), "published": published}
+        print(json.dumps(answer, ensure_ascii=False), flush=True)
     elif published is not None:
-        print(
-            f"published and verified: {published['pull_request'] or published['url']}, commit"
-            f" {published['commit']}"
-        )
+        where = published["pull_request"] or published["url"]
+        print(f"published and verified: {where}, commit {published['commit']}")
     if published is not None:
         content = json.dumps(published, indent=2, sort_keys=True) + "\n"
         replace_file(evidence.folder / "published.json", content.encode())
@@ -146,6 +88,6 @@ def main(argv: list[str]) -> None:
     elif not options.json:
         print("".join(f"BLOCKED: {error}\n" for error in plan.blocked), end="")
         print(
-            "dry run: nothing was sent; the token, the base and the repository are looked at when"
-            " it is"
+            "dry run: nothing was sent;"
+            " the token, the base and the repository are looked at when it is"
         )
