@@ -1,5 +1,4 @@
-"""The ways a run ends early: one exception per exit code, each with a sentence for the user; never
-a bug of ours."""
+"""How a run ends early: one exception per exit code, with a sentence for the user; never a bug."""
 
 
 class LoopError(Exception):
@@ -13,7 +12,7 @@ class ConfigError(LoopError):
 
 
 class DataError(LoopError):
-    exit_code = 3  # the dataset cannot be trained on as asked: nothing was trained
+    exit_code = 3  # the dataset cannot be trained on: nothing was trained
 
 
 class CheckpointError(LoopError):
@@ -29,9 +28,7 @@ class HubError(LoopError):
 
 
 class NonFiniteError(LoopError):
-    exit_code = (
-        7  # a loss, gradient or weight is NaN or infinite: this step did not touch the adapter
-    )
+    exit_code = 7  # NaN or infinite loss, gradient or weight: this step did not touch the adapter
 
 
 class TrainingStateError(LoopError):
@@ -39,8 +36,9 @@ class TrainingStateError(LoopError):
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the run early, as asked. Like an interruption, no `except Exception` of a
-    library swallows it."""
+    """A signal ended the run early.
+
+    Like an interruption, no `except Exception` of a library swallows it."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)

@@ -1,5 +1,4 @@
-"""`python -m loop.guide_table` prints the keys of other trainers as a Markdown table, the one that
-GUIDE.md holds."""
+"""`python -m loop.guide_table` prints GUIDE.md's table of the keys of other trainers."""
 
 import dataclasses
 from typing import Any
@@ -18,34 +17,23 @@ activation_offloading model_name_or_path attn_implementation use_peft lora_targe
 lora_target_parameters lora_modules_to_save lora_task_type bnb_4bit_quant_type
 use_bnb_nested_quant bnb_4bit_quant_storage dataset_name dataset_config dataset_streaming
 ignore_bias_buffers"""
-_DEFAULTS = {
-    "dataset_text_field": "text",
-    "max_length": 1024,
-    "learning_rate": 2e-5,
-    "logging_steps": 10,
-    "lora_r": 16,
-}
-_DEFAULTS |= {
-    "gradient_checkpointing": True,
-    "model_revision": "main",
-    "dtype": "float32",
-    "lora_alpha": 32,
-}
+_DEFAULTS = {"dataset_text_field": "text", "max_length": 1024, "learning_rate": 2e-5}
+_DEFAULTS |= {"logging_steps": 10, "lora_r": 16, "gradient_checkpointing": True}
+_DEFAULTS |= {"model_revision": "main", "dtype": "float32", "lora_alpha": 32}
 _DEFAULTS |= {"lora_dropout": 0.05, "dataset_train_split": "train", "dataset_test_split": "test"}
 _DEFAULTS |= dict.fromkeys(("use_rslora", "use_dora", "load_in_4bit", "load_in_8bit"), False)
 TRL: dict[str, Any] = {**dict.fromkeys(_NAMES.split()), **_DEFAULTS}
-"""Field -> default, of what TRL 1.16.0 adds or changes; TRL is not installed, so this is written
-down. Source: SFTConfig, its _BaseConfig, ModelConfig and ScriptArguments in trl/trainer/ and
-trl/scripts/utils.py."""
+"""Field -> default, of what TRL 1.16.0 adds or changes; written down, as it is not installed.
+
+Source: SFTConfig, its _BaseConfig and ModelConfig in trl/trainer/;
+ScriptArguments in trl/scripts/utils.py."""
 
 
 def table() -> str:
-    """A row for each answer and all keys that have it: knobs of the same name, batch sizes, then
-    foreign_keys.yaml."""
+    """A row for each answer and its keys: knobs of the same name, then other_trainers.yaml."""
     classes = (TrainingArguments, LoraConfig)
-    libraries = {
-        c.__name__: {f.name: f.default for f in dataclasses.fields(c)} for c in classes
-    } | {"TRL": TRL}
+    libraries = {c.__name__: {f.name: f.default for f in dataclasses.fields(c)} for c in classes}
+    libraries["TRL"] = TRL
     names = dict.fromkeys(
         key for fields in libraries.values() for key in fields if key not in OTHER_TRAINERS_KEYS
     )
@@ -64,18 +52,15 @@ def table() -> str:
 
 
 def _answer(key: str, there: dict[str, Any]) -> str:
-    """What to write here; for a knob of the same name its default, where another library has
-    another."""
+    """What to write here; for a knob of the same name its default, where another's differs."""
     if key not in FIELDS:
         return answer_unknown_keys({key: "N"}, 1, [])[0].removeprefix(f"{key}: ")
     if FIELDS[key].is_required():
         return "the same, and must be given"
     other = [f"{value} in {name}" for name, value in there.items() if value != FIELDS[key].default]
-    return (
-        f"the same; the default is {FIELDS[key].default}, {', '.join(other)}"
-        if other
-        else "the same"
-    )
+    if not other:
+        return "the same"
+    return f"the same; the default is {FIELDS[key].default}, {', '.join(other)}"
 
 
 if __name__ == "__main__":

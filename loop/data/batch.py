@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Example(NamedTuple):
-    """One tokenised row, before the shift."""
+    """One tokenized row, before the shift."""
 
     input_ids: list[int]
     """All its tokens, a prompt's included, the end-of-text last unless the row was truncated."""
@@ -46,8 +46,7 @@ class Batch(NamedTuple):
 
     The field is called `targets`, not `labels`: it is already shifted, and a model's `labels`
     argument would shift it a second time. Everything is laid out on the host, so that no forward
-    waits for a count from the GPU. NamedTuples, so that torch's loader pins them without a line of
-    ours."""
+    waits for a count from the GPU. A NamedTuple is what torch's loader pins by itself."""
 
     input_ids: Tensor  # (T,) int64
     target_positions: Tensor  # (N,) int64: the positions that have a target, ascending
@@ -60,8 +59,7 @@ class Batch(NamedTuple):
         return torch.cat([grid.positions % grid.width for grid in self.grids])
 
     def to(self, device: torch.device) -> "Batch":
-        """Copy to `device`; asynchronous from pinned memory, because the stream orders what
-        follows."""
+        """Copy to `device`; asynchronous from pinned memory: the stream orders what follows."""
         input_ids, target_positions, targets = (
             field.to(device, non_blocking=True) for field in self[:3]
         )

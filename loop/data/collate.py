@@ -1,5 +1,4 @@
-"""Examples -> one Batch, rows end to end. Targets are shifted here, and nowhere else in the
-project."""
+"""Examples -> one Batch, packed (varlen). Targets are shifted here, and nowhere else."""
 
 from collections.abc import Sequence
 
@@ -37,11 +36,9 @@ def collate(examples: Sequence[Example], padding_free: bool) -> Batch:
 
 
 def _grids(lengths: list[int], padding_free: bool) -> list[Grid]:
-    """One grid for padded rows; else a new one where a row is shorter than two thirds of its grid's
-    first, or longer.
+    """One grid for padded rows; else a row of a grid has two thirds to all of its first's length.
 
-    Attention is computed on these, so rows that come sorted cost it few kernels and little
-    padding."""
+    Attention is computed on these, so sorted rows cost it few kernels and little padding."""
     starts = [0]
     for row, length in enumerate(lengths):
         first = lengths[starts[-1]]
@@ -50,8 +47,7 @@ def _grids(lengths: list[int], padding_free: bool) -> list[Grid]:
     grids = []
     for start, end in zip(starts, [*starts[1:], len(lengths)]):
         width = max(lengths[start:end])
-        positions = np.concatenate(
-            [row * width + np.arange(n) for row, n in enumerate(lengths[start:end])]
-        )
+        rows = enumerate(lengths[start:end])
+        positions = np.concatenate([row * width + np.arange(length) for row, length in rows])
         grids.append(Grid(end - start, width, torch.from_numpy(positions)))
     return grids

@@ -17,13 +17,8 @@ from loop.state.files import canonical_json, sha256
 
 KEPT, TRUNCATED, TOO_LONG = 0, 1, 2
 _DECISIVE_CODE = [Path(__file__), Path(__file__).with_name("tokenizer.py")]
-_NUMBERS = {
-    "target_start": "int32",
-    "length": "int32",
-    "num_targets": "int32",
-    "fate": "int8",
-    "digest": "int64",
-}
+_NUMBERS = dict.fromkeys(("target_start", "length", "num_targets"), "int32")
+_NUMBERS |= {"fate": "int8", "digest": "int64"}
 _COLUMNS = Features(
     input_ids=ListOf(Value("int32")), **{name: Value(dtype) for name, dtype in _NUMBERS.items()}
 )
@@ -49,10 +44,8 @@ def render(template: str, row: dict[str, Any], index: int) -> str:
         if column is None:
             continue
         if column not in row:
-            hint = (
-                f"the columns are {', '.join(sorted(row))}; name one in dataset_text_field or"
-                " text_template"
-            )
+            known = ", ".join(sorted(row))
+            hint = f"the columns are {known}; name one in dataset_text_field or text_template"
             raise DataError(f"column {column!r} is missing; {hint}")
         value = row[column]
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
@@ -69,21 +62,12 @@ def tokenize_rows(
 ) -> Dataset:
     """Every row tokenized, in its place, through the library's cache on disk.
 
-    The cache is named by all that decides its bytes, the code of encoding and of tokenizing
-    included."""
+    The cache is named by all that decides its bytes, `_DECISIVE_CODE` included."""
     if len(rows) == 0:
         raise DataError(f"{config.dataset_name}: the split holds no rows")
-    decisive = [
-        rows._fingerprint,
-        templates,
-        config.max_length,
-        config.truncation,
-        tokenizer_sha256(tokenizer),
-    ]
-    decisive += [
-        type(tokenizer).__name__,
-        *(path.read_text(encoding="utf-8") for path in _DECISIVE_CODE),
-    ]
+    decisive = [rows._fingerprint, templates, config.max_length, config.truncation]
+    decisive += [tokenizer_sha256(tokenizer), type(tokenizer).__name__]
+    decisive += [path.read_text(encoding="utf-8") for path in _DECISIVE_CODE]
     try:
         return rows.map(
             _encode,
@@ -115,47 +99,35 @@ def _encode(
         for template in templates
     ]
     eos = tokenizer.eos_token_id
-    targets = tokenizer(texts[-1], add_special_tokens=len(templates) == 1, verbose=False)[
-        "input_ids"
-    ]
-    prompts = (
-        tokenizer(texts[0], verbose=False)["input_ids"] if len(templates) == 2 else [[]] * len(rows)
-    )
+    prompted = len(templates) == 2
+    targets = tokenizer(texts[-1], add_special_tokens=not prompted, verbose=False)["input_ids"]
+    prompts = tokenizer(texts[0], verbose=False)["input_ids"] if prompted else [[]] * len(rows)
     encoded: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
     for index, prompt, target, text in zip(indices, prompts, targets, texts[-1]):
-        prompt = (
-            prompt[:-1] if prompt and prompt[-1] == eos else prompt
-        )  # some tokenizers end every text
+        if prompt and prompt[-1] == eos:  # some tokenizers end every text
+            prompt = prompt[:-1]
         end = [eos] if eos is not None and target[-1:] != [eos] else []
         tokens, fate = _fit([*prompt, *target, *end] if text.strip() else [], config, index)
         num_targets = max(0, len(tokens) - max(1, len(prompt)))
-        digest = hashlib.blake2b(
-            np.asarray([len(prompt), *tokens], np.int32).tobytes(), digest_size=8
-        ).digest()
-        values = (
-            tokens,
-            len(prompt),
-            len(tokens),
-            num_targets,
-            fate,
-            int.from_bytes(digest, "little", signed=True),
-        )
+        content = np.asarray([len(prompt), *tokens], np.int32).tobytes()
+        hashed = hashlib.blake2b(content, digest_size=8).digest()
+        digest = int.from_bytes(hashed, "little", signed=True)
+        values = (tokens, len(prompt), len(tokens), num_targets, fate, digest)
         for name, value in zip(_COLUMNS, values):
             encoded[name].append(value)
     return encoded
 
 
 def _fit(tokens: list[int], config: Config, index: int) -> tuple[list[int], int]:
-    """Apply `truncation`. A truncated row ends where it was cut: its text did not end there, so no
-    end-of-text."""
+    """Apply `truncation`. A truncated row gets no end-of-text: its text did not end there."""
     if len(tokens) <= config.max_length:
         return tokens, KEPT
     if config.truncation == "error":
         excess = f"row {index} has {len(tokens)} tokens, max_length is {config.max_length}"
         raise DataError(f"{excess}; raise it, or choose truncation: truncate or drop")
-    return (
-        ([], TOO_LONG) if config.truncation == "drop" else (tokens[: config.max_length], TRUNCATED)
-    )
+    if config.truncation == "drop":
+        return [], TOO_LONG
+    return tokens[: config.max_length], TRUNCATED
 
 
 def column(dataset: Dataset, name: str) -> np.ndarray:

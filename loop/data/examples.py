@@ -19,11 +19,9 @@ _SPLIT_STREAM = 2**32 - 1
 
 @dataclass(frozen=True)
 class Examples:
-    """Some rows of a tokenized dataset. Tokens stay on disk, memory-mapped; 16 bytes a row are in
-    memory.
+    """Rows of a tokenized dataset: tokens memory-mapped from disk, 16 bytes a row in memory.
 
-    Shapes: rows (N,) int64, indices into the dataset as loaded, ascending; lengths and num_targets
-    (N,) int32."""
+    Shapes: all (N,); rows int64, ascending indices into the dataset as loaded; the others int32."""
 
     dataset: Dataset
     rows: np.ndarray
@@ -59,40 +57,30 @@ class Data:
 
 
 def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
-    """Load, tokenise (once: a second call reads the cache), drop rows without a target, split,
-    fingerprint.
+    """Load, tokenize (cached on disk), drop rows without a target, split, and fingerprint.
 
     Raises: DataError, HubError. Nothing is written but the library's cache."""
     rows, commit = load_rows(config, config.dataset_train_split)
-    templates = resolve_templates(
-        config, rows.column_names
-    )  # once: a test split is read as the train split is
+    templates = resolve_templates(config, rows.column_names)  # once: a test split is read alike
     whole = tokenize_rows(rows, templates, config, tokenizer)
     usable = np.flatnonzero(column(whole, "num_targets"))
     if config.dataset_test_split is None:
         count = max(1, round(config.eval_fraction * len(usable))) if config.eval_fraction > 0 else 0
         chosen = np.random.RandomState([config.seed, _SPLIT_STREAM]).permutation(usable)[:count]
-        train, heldout = (
-            _examples(whole, np.setdiff1d(usable, chosen)),
-            _examples(whole, np.sort(chosen)),
-        )
+        train = _examples(whole, np.setdiff1d(usable, chosen))
+        heldout = _examples(whole, np.sort(chosen))
     else:
         pinned = replace(config, dataset_revision=commit or config.dataset_revision)
-        test = tokenize_rows(
-            load_rows(pinned, config.dataset_test_split)[0], templates, config, tokenizer
-        )
-        train, heldout = (
-            _examples(whole, usable),
-            _examples(test, np.flatnonzero(column(test, "num_targets"))),
-        )
+        test_rows, _ = load_rows(pinned, config.dataset_test_split)
+        test = tokenize_rows(test_rows, templates, config, tokenizer)
+        train = _examples(whole, usable)
+        heldout = _examples(test, np.flatnonzero(column(test, "num_targets")))
     counts = _count(whole, train, heldout)
     if len(train) == 0:
         lost = "{dropped_without_target} of {rows} have no text, {dropped_too_long} of {rows} are"
-        lost = lost.format(**counts)
-        hint = (
-            f"longer than max_length {config.max_length}; raise it, or choose truncation: truncate"
-        )
-        raise DataError(f"{config.dataset_name}: no rows are left to train on: {lost} {hint}")
+        lost = f"{lost.format(**counts)} longer than max_length {config.max_length}"
+        hint = "raise it, or choose truncation: truncate"
+        raise DataError(f"{config.dataset_name}: no rows are left to train on: {lost}; {hint}")
     if config.dataset_test_split is not None and len(heldout) == 0:
         raise DataError(
             f"dataset_test_split: no row of {config.dataset_test_split} has text to predict"
@@ -108,7 +96,7 @@ def _examples(dataset: Dataset, rows: np.ndarray) -> Examples:
 
 
 def _count(whole: Dataset, train: Examples, heldout: Examples) -> dict[str, int]:
-    """What became of the rows; equal rows are recognised by 64 bits of a hash of their tokens."""
+    """What became of the rows; equal rows are recognized by 64 bits of a hash of their tokens."""
     usable, fate = column(whole, "num_targets") > 0, column(whole, "fate")
     digests, heldout_digests = (
         column(part.dataset, "digest")[part.rows] for part in (train, heldout)
@@ -128,8 +116,7 @@ def _count(whole: Dataset, train: Examples, heldout: Examples) -> dict[str, int]
 
 
 def _fingerprint(train: Examples, heldout: Examples) -> tuple[str, int]:
-    """Hash every token as it lies on disk, in one pass over the memory map; also find the largest
-    id."""
+    """The hash of all tokens as they lie on disk, and the largest id, in one pass over the map."""
     digest, largest = hashlib.sha256(), 0
     for part in (train, heldout):
         digest.update(len(part).to_bytes(8, "little") + part.rows.astype("<i8").tobytes())

@@ -1,5 +1,4 @@
-"""Which rows a step uses, and how they are cut and dealt to processes: pure functions of the step's
-number."""
+"""The rows of a step, and how they are cut and dealt to processes: pure functions of its number."""
 
 import functools
 import math
@@ -8,15 +7,13 @@ from fractions import Fraction
 import numpy as np
 
 ORDER_VERSION = 1
-"""Names the rule below in `run.json`. numpy froze RandomState's stream, so it can be computed again
-years later."""
+"""Names the rule below in `run.json`, which holds for years: numpy froze RandomState's stream."""
 
 
 def num_positions(
     num_rows: int, num_train_epochs: float, max_steps: int | None, global_batch_size: int
 ) -> int:
-    """Rows drawn over the whole run, repeats over epochs counted; a fraction of an epoch is rounded
-    up."""
+    """Rows drawn over the whole run, repeats counted; a fraction of an epoch is rounded up."""
     if max_steps is not None:
         return max_steps * global_batch_size
     return math.ceil(Fraction(str(num_train_epochs)) * num_rows)
@@ -29,33 +26,28 @@ def num_steps(positions: int, global_batch_size: int) -> int:
 
 @functools.lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
-    """The order of one epoch. Two are kept, because a step may straddle two epochs (8 bytes a row
-    each)."""
+    """The order of one epoch. Two are kept, at 8 bytes a row: a step may straddle two epochs."""
     return np.random.RandomState([seed, epoch]).permutation(num_rows)
 
 
 def draw(
     step: int, num_rows: int, positions: int, global_batch_size: int, seed: int
 ) -> tuple[int, np.ndarray]:
-    """The epoch of a step's first row, and its rows (positions in the training examples) in drawn
-    order.
+    """The epoch of a step's first row, and its rows as drawn: positions in the training examples.
 
     Position p = step * global_batch_size + j is row i of epoch e, where e, i = divmod(p, num_rows):
     each row exactly once an epoch, none dropped, none repeated to fill a batch."""
     first = step * global_batch_size
     last = min(first + global_batch_size, positions)
     epoch_and_index = [divmod(position, num_rows) for position in range(first, last)]
-    rows = np.array(
-        [permutation(seed, epoch, num_rows)[i] for epoch, i in epoch_and_index], dtype=np.int64
-    )
-    return first // num_rows, rows
+    rows = [permutation(seed, epoch, num_rows)[i] for epoch, i in epoch_and_index]
+    return first // num_rows, np.array(rows, dtype=np.int64)
 
 
 def cut(
     lengths: np.ndarray, micro_batch_tokens: int, num_processes: int, padding_free: bool
 ) -> list[np.ndarray]:
-    """Sort rows by length, longest first, and cut them into micro-batches; micro-batch k is for
-    process k mod n.
+    """Cut rows, longest first, into micro-batches; micro-batch k is for process k mod n.
 
     The number of micro-batches is a multiple of n, so that all processes take part in the same
     collectives, and as small as the budget of tokens (see `forward_tokens`) allows. Among such cuts
@@ -87,16 +79,14 @@ def cut(
 
 
 def forward_tokens(lengths: np.ndarray, padding_free: bool) -> int:
-    """Tokens that one forward of these rows computes: theirs, or as many for each row as the
-    longest has.
+    """Tokens that one forward of these rows computes: theirs, or each row's padded to the longest.
 
     A forward without rows is given one token."""
     return max(1, int(lengths.sum() if padding_free else len(lengths) * lengths.max(initial=0)))
 
 
 def _fill(widths: list[int], budget: int, padding_free: bool) -> list[int]:
-    """Where each micro-batch starts, filling one after the other up to `budget` tokens; `widths`
-    fall."""
+    """Where each micro-batch starts if each is filled up to `budget` tokens; `widths` fall."""
     starts: list[int] = []
     used = 0
     for index, width in enumerate(widths):

@@ -25,10 +25,8 @@ FILE_FORMATS = {
 @contextmanager
 def _unreported() -> Iterator[None]:
     """Without a request to the library's makers, who count each load of a dataset otherwise."""
-    before, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = (
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS,
-        False,
-    )
+    before = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         yield
     finally:
@@ -45,14 +43,11 @@ def load_rows(config: Config, split: str) -> tuple[Dataset, str | None]:
             form = FILE_FORMATS[path.suffix]
             # A byte order mark is no text; the other readers drop it themselves.
             encoding = {"encoding": "utf-8-sig"} if form == "text" else {}
-            builder = load_dataset_builder(
-                form, data_files=str(_by_content(path)), token=False, **encoding
-            )
+            files = str(_by_content(path))
+            builder = load_dataset_builder(form, data_files=files, token=False, **encoding)
         elif path.is_file():
-            raise DataError(
-                f"dataset_name: found a {path.suffix} file, expected {', '.join(FILE_FORMATS)};"
-                " convert it"
-            )
+            kinds = f"found a {path.suffix} file, expected {', '.join(FILE_FORMATS)}"
+            raise DataError(f"dataset_name: {kinds}; convert it")
         else:
             revision = config.dataset_revision
             builder = load_dataset_builder(
@@ -60,15 +55,12 @@ def load_rows(config: Config, split: str) -> tuple[Dataset, str | None]:
             )
         builder.download_and_prepare()
         base = str(builder.base_path)
-        commit = (
-            base.split("@")[1].split("/")[0] if base.startswith("hf://") and "@" in base else None
-        )
+        on_hub = base.startswith("hf://") and "@" in base
+        commit = base.split("@")[1].split("/")[0] if on_hub else None
         return builder.as_dataset(split=split), commit
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-        hint = (
-            f"no token is used: hf download {name} --repo-type dataset --local-dir DIR, then write"
-            " DIR in its place"
-        )
+        download = f"hf download {name} --repo-type dataset --local-dir DIR"
+        hint = f"no token is used: {download}, then write DIR in its place"
         raise HubError(f"dataset_name: {name}: {first_line(error)}; {hint}") from error
     except StopIteration as error:
         raise DataError(f"dataset_name: {name}: holds no rows") from error
@@ -91,12 +83,8 @@ def _by_content(path: Path) -> Path:
     if not path.is_file():
         hint = f"write ./{path.name} for a file beside the recipe"
         raise DataError(f"dataset_name: found no file {path.absolute()}; {hint}")
-    digest, decoder, offset, chunk = (
-        hashlib.sha256(),
-        codecs.getincrementaldecoder("utf-8")(),
-        0,
-        b" ",
-    )
+    digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
+    offset, chunk = 0, b" "
     with path.open("rb") as file:
         while chunk:
             chunk, pending = file.read(1 << 20), len(decoder.getstate()[0])
@@ -108,12 +96,8 @@ def _by_content(path: Path) -> Path:
                 at = offset - pending + error.start
                 raise DataError(f"{path}: not UTF-8 at byte {at}; convert the file") from error
             offset += len(chunk)
-    link = (
-        Path(datasets.config.HF_DATASETS_CACHE)
-        / "by-content"
-        / digest.hexdigest()
-        / f"rows{path.suffix}"
-    )
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    link = cache / "by-content" / digest.hexdigest() / f"rows{path.suffix}"
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.exists() or link.resolve() != path.resolve():
         link.unlink(missing_ok=True)

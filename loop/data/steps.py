@@ -12,8 +12,7 @@ from loop.data.order import cut, draw, forward_tokens
 
 
 class Step(NamedTuple):
-    """One optimizer step as this process sees it; all but `micro_batches` is equal on every
-    process."""
+    """One optimizer step; all but `micro_batches` is equal on every process."""
 
     step: int
     epoch: int
@@ -22,15 +21,12 @@ class Step(NamedTuple):
     tokens: int
     padded_tokens: int  # that the forwards compute: without padding as many as `tokens`
     num_micro_batches: int
-    micro_batches: list[
-        tuple[int, Batch]
-    ]  # this process's, each with its number k in the whole step
+    micro_batches: list[tuple[int, Batch]]  # this process's, each with its number k in the step
 
 
 @dataclass(frozen=True)
 class Steps(Dataset[Step]):
-    """Maps the number of a step to the step, without state: item k is the same whenever it is asked
-    for."""
+    """Maps the number of a step to the step, without state: item k is always the same."""
 
     examples: Examples
     positions: int  # rows of the whole run, repeats counted
@@ -46,19 +42,17 @@ class Steps(Dataset[Step]):
             step, len(self.examples), self.positions, self.global_batch_size, self.seed
         )
         lengths = self.examples.lengths[drawn]
-        pieces = cut(lengths, self.micro_batch_tokens, self.num_processes, self.padding_free)
+        packed = self.padding_free
+        pieces = cut(lengths, self.micro_batch_tokens, self.num_processes, packed)
         mine = range(self.process_index, len(pieces), self.num_processes)
+        batches = [collate(self.examples.read(drawn[pieces[k]]), packed) for k in mine]
         return Step(
             step=step,
             epoch=epoch,
             rows=self.examples.rows[drawn].tolist(),
             target_tokens=int(self.examples.num_targets[drawn].sum()),
             tokens=int(lengths.sum()),
-            padded_tokens=sum(
-                forward_tokens(lengths[piece], self.padding_free) for piece in pieces
-            ),
+            padded_tokens=sum(forward_tokens(lengths[piece], packed) for piece in pieces),
             num_micro_batches=len(pieces),
-            micro_batches=[
-                (k, collate(self.examples.read(drawn[pieces[k]]), self.padding_free)) for k in mine
-            ],
+            micro_batches=list(zip(mine, batches)),
         )

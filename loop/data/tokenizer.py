@@ -13,8 +13,8 @@ from loop.errors import ConfigError, HubError
 from loop.state.files import canonical_json, sha256
 
 _EXPECTED = (
-    "expected a folder with config.json, tokenizer.json and *.safetensors (pytorch_model.bin is"
-    " never opened)"
+    "expected a folder with config.json, tokenizer.json and *.safetensors"
+    " (pytorch_model.bin is never opened)"
 )
 _HINTS = {
     "deserializing header": (
@@ -26,8 +26,9 @@ _HINTS = {
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The base's own tokenizer, as it is. Raises: ConfigError for a folder, HubError for a Hub
-    id."""
+    """The base's own tokenizer, as it is.
+
+    Raises: ConfigError for a folder, HubError for a Hub id."""
     with clear_errors(config, "tokenizer"):
         return AutoTokenizer.from_pretrained(
             config.model_name_or_path,
@@ -58,14 +59,9 @@ def clear_errors(config: Config, what: str) -> Iterator[None]:
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of what makes it another tokenizer: vocabulary, rules, special tokens, chat template; not of
-    how it is stored."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = (
-        json.loads(backend.to_str())
-        if backend is not None
-        else {"vocabulary": tokenizer.get_vocab()}
-    )
+    """Of its vocabulary, rules, special tokens and chat template, not of how they are stored."""
+    own = getattr(tokenizer, "backend_tokenizer", None)
+    rules = {"vocabulary": tokenizer.get_vocab()} if own is None else json.loads(own.to_str())
     rules |= {"truncation": None, "padding": None}  # each call sets these
     return sha256(canonical_json([rules, tokenizer.special_tokens_map, tokenizer.chat_template]))
 
@@ -75,9 +71,8 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ConfigError(f"--prompt: found {prompt!r:.60}, expected UTF-8")
     tokens: list[int] = tokenizer(prompt, verbose=False)["input_ids"] if prompt else []
-    tokens = (
-        tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens
-    )  # some tokenizers end every text
+    if tokens[-1:] == [tokenizer.eos_token_id]:  # some tokenizers end every text
+        tokens = tokens[:-1]
     if not tokens:
         raise ConfigError(
             f"--prompt: found {prompt!r:.60}, which has no tokens; expected some text"

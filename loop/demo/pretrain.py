@@ -36,7 +36,7 @@ BATCH = 16  # rows in one step
 MUON_LR = 0.03
 ADAMW_LR = 8e-3
 WARMUP = 0.02  # share of the steps
-DROPOUT = 0.1  # while pretraining only: the text is seen about twelve times and would be memorised
+DROPOUT = 0.1  # while pretraining only: the text is seen about twelve times and would be memorized
 REPORT_EVERY = 200  # steps
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
 
@@ -45,15 +45,14 @@ SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2
 
 
 def strings(source: str) -> Iterator[str]:
-    """The string constants of a module (docstrings, help texts, messages), without their
-    indentation."""
+    """The string constants of a module (docstrings, help texts, messages), without indentation."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield inspect.cleandoc(node.value)
 
 
 def comments(source: str) -> Iterator[str]:
-    """The comments that have their lines to themselves; neighbouring lines make one text."""
+    """The comments that have their lines to themselves; neighboring lines make one text."""
     run: list[str] = []
     last_line = 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -78,14 +77,13 @@ def prose(text: str) -> Iterator[str]:
 
 
 def gather() -> dict[str, list[str]]:
-    """The texts of each source (a module, or a topic of pydoc), cleaned; no paragraph comes
-    twice."""
+    """The texts of each source (a module, or a topic of pydoc), cleaned, no paragraph twice."""
     raw = {f"topic {name}": [text] for name, text in topics.items()}
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
         name = path.relative_to(library)
         if SKIPPED.isdisjoint(name.parts) and name.parts[0] != "pydoc_data":
-            with tokenize.open(path) as file:  # honours a coding cookie
+            with tokenize.open(path) as file:  # honors a coding cookie
                 source = file.read()
             raw[name.as_posix()] = [*strings(source), *comments(source)]
     seen: set[str] = set()
@@ -102,8 +100,7 @@ def gather() -> dict[str, list[str]]:
 
 
 def is_held_out(origin: str) -> bool:
-    """Whether a source belongs to the held-out part: one in twenty, whatever the seed and the
-    order."""
+    """Whether a source is held out: one in twenty, whatever the seed and the order."""
     return hashlib.sha256(origin.encode()).digest()[0] < 256 / 20
 
 
@@ -111,13 +108,11 @@ def is_held_out(origin: str) -> bool:
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that behaves like BLOOM's: it pads on the left and adds no <s> or </s> by
-    itself."""
+    """A byte-level BPE like BLOOM's: it pads on the left and adds no <s> or </s> by itself."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    # The alphabet holds all 256 bytes: an emoji that no text here has still comes back as it went
-    # in.
+    # The alphabet holds all 256 bytes: an emoji that no text here has comes back as it went in.
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
@@ -139,8 +134,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
-    """All texts one after the other as token ids, each closed by </s>, so that the model learns to
-    stop."""
+    """All texts end to end as token ids, each closed by </s>, so that the model learns to stop."""
     return torch.tensor([token for text in texts for token in [*tokenizer(text)["input_ids"], EOS]])
 
 
@@ -181,8 +175,7 @@ def optimizers(model: BloomForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def schedule(optimizer: torch.optim.Optimizer, steps: int) -> OneCycleLR:
-    """The learning rate goes up in a straight line for WARMUP of the steps and then down to
-    (almost) 0."""
+    """The learning rate rises linearly for WARMUP of the steps and then falls to (almost) 0."""
     peak = optimizer.defaults["lr"]
     return OneCycleLR(
         optimizer, peak, steps, pct_start=WARMUP, anneal_strategy="linear", cycle_momentum=False
@@ -204,8 +197,7 @@ def held_out_loss(model: BloomForCausalLM, tokens: Tensor) -> float:
 def pretrain(
     model: BloomForCausalLM, tokens: Tensor, held_out: Tensor, steps: int, seed: int
 ) -> None:
-    """Next-token prediction on rows that start anywhere in `tokens`, reported every REPORT_EVERY
-    steps."""
+    """Next-token prediction on rows from anywhere in `tokens`; reports every REPORT_EVERY steps."""
     generator = torch.Generator().manual_seed(seed)
     both = optimizers(model)
     schedules = [schedule(optimizer, steps) for optimizer in both]
@@ -245,8 +237,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
-    # Where the processor has bfloat16, products of float32 use it inside. A step took a fifth less
-    # time so.
+    # On a processor with bfloat16, products of float32 use it; a step took a fifth less time.
     torch.set_float32_matmul_precision("medium")
 
     gathered = gather()
@@ -267,16 +258,13 @@ def main() -> None:
     )
     pretrain(model, tokens, held_out, arguments.steps, arguments.seed)
 
-    model.config.hidden_dropout = model.config.attention_dropout = (
-        0.0  # whoever fine-tunes it chooses anew
-    )
+    # Whoever fine-tunes it chooses anew.
+    model.config.hidden_dropout = model.config.attention_dropout = 0.0
     model.bfloat16().save_pretrained(arguments.output_dir)  # half the size of float32
     tokenizer.save_pretrained(arguments.output_dir)
     stored = BloomForCausalLM.from_pretrained(arguments.output_dir, dtype=torch.float32)
-    print(
-        f"stored in {arguments.output_dir}: held-out {held_out_loss(stored, held_out):.3f}"
-        " nats/token"
-    )
+    loss = held_out_loss(stored, held_out)
+    print(f"stored in {arguments.output_dir}: held-out {loss:.3f} nats/token")
 
 
 if __name__ == "__main__":

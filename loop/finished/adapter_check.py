@@ -1,5 +1,4 @@
-"""Is this the adapter that the run trained? Its tensors and its config, held against what the run
-wrote down."""
+"""Is this the adapter that the run trained? Its tensors and config, held against `run.json`."""
 
 import json
 import re
@@ -14,13 +13,13 @@ from torch import Tensor
 from loop.errors import CheckpointError
 
 _TENSOR = re.compile(
-    r"base_model\.model\.(?:.+\.)?(?P<module>[^.]+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.weight)?"
+    r"base_model\.model\.(?:.+\.)?(?P<module>[^.]+)\."
+    r"(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.weight)?"
 )
 
 
 def check_adapter(files: dict[str, bytes], run: dict[str, Any]) -> None:
-    """Raises: CheckpointError that names the first tensor or key which is not as `run.json`
-    says."""
+    """Raises: CheckpointError that names the first tensor or key that is not as `run.json` says."""
     content = files["adapter_model.safetensors"]
     try:
         tensors = load_safetensors(content)
@@ -36,9 +35,8 @@ def check_adapter(files: dict[str, bytes], run: dict[str, Any]) -> None:
             raise CheckpointError(
                 f"adapter_model.safetensors: {name} is no tensor of this adapter; a base's weight?"
             )
-        rank = {"lora_A": tensor.shape[:1], "lora_B": tensor.shape[1:2]}.get(
-            parts["part"], (config["r"],)
-        )
+        ranks = {"lora_A": tensor.shape[:1], "lora_B": tensor.shape[1:2]}
+        rank = ranks.get(parts["part"], (config["r"],))
         if tuple(rank) != (config["r"],):
             raise CheckpointError(
                 f"adapter_model.safetensors: {name} is {list(tensor.shape)}, r is {config['r']}"
@@ -50,10 +48,8 @@ def check_adapter(files: dict[str, bytes], run: dict[str, Any]) -> None:
     stated: dict[str, Any] = run["census"]["tensors"]
     mismatched = sorted(name for name in {*actual, *stated} if actual.get(name) != stated.get(name))
     if mismatched:
-        both = (
-            f"found {actual.get(mismatched[0], 'nothing')}, run.json states"
-            f" {stated.get(mismatched[0], 'nothing')}"
-        )
+        there, recorded = (facts.get(mismatched[0], "nothing") for facts in (actual, stated))
+        both = f"found {there}, run.json states {recorded}"
         raise CheckpointError(f"adapter_model.safetensors: {mismatched[0]}: {both}")
     for name, tensor in tensors.items():  # whose dtype is the run's, and so one that can be asked
         if not torch.isfinite(tensor).all():
@@ -75,15 +71,13 @@ def read_adapter_config(content: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"adapter_config.json: not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise CheckpointError(
-            f"adapter_config.json: found a {type(config).__name__}, expected an object"
-        )
+        kind = type(config).__name__
+        raise CheckpointError(f"adapter_config.json: found a {kind}, expected an object")
     return config
 
 
 def _check_config(content: bytes, run: dict[str, Any]) -> dict[str, Any]:
-    """`adapter_config.json`, if each of its values follows from the run. A key of another PEFT has
-    to be empty."""
+    """`adapter_config.json`, if its values follow from the run; another PEFT's keys are empty."""
     actual = read_adapter_config(content)
     identity, base = run["identity"], run["base"]
     lora = LoraConfig(
@@ -100,11 +94,9 @@ def _check_config(content: bytes, run: dict[str, Any]) -> dict[str, Any]:
     expected: dict[str, Any] = {**lora, "target_modules": identity["lora_target_modules"]}
     expected["peft_version"] = actual.get("peft_version")
     for key in sorted({*actual, *expected}):
-        if actual.get(key) != expected.get(key) and (
-            key in expected or actual[key] not in (None, False, {}, [])
-        ):
-            raise CheckpointError(
-                f"adapter_config.json: {key} is {actual.get(key)!r}, the run's is"
-                f" {expected.get(key)!r}"
-            )
+        value, wanted = actual.get(key), expected.get(key)
+        is_empty = key not in expected and value in (None, False, {}, [])
+        if value != wanted and not is_empty:
+            both = f"{key} is {value!r}, the run's is {wanted!r}"
+            raise CheckpointError(f"adapter_config.json: {both}")
     return actual

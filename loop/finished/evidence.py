@@ -20,8 +20,9 @@ _LIMIT = 1 << 40
 
 @dataclass(frozen=True)
 class Evidence:
-    """One state of one run, as bytes. What is published is made of these bytes and of nothing read
-    later."""
+    """One state of one run, as bytes.
+
+    What is published is made of these bytes and of nothing read later."""
 
     folder: Path
     step: int
@@ -36,8 +37,7 @@ class Evidence:
 
     @property
     def evaluations(self) -> list[tuple[int, float]]:
-        """(updates made, held-out nats per target token), oldest first; the first is the untouched
-        base."""
+        """(updates made, held-out nats per target token), oldest first; the first is the base's."""
         return [
             (entry["step"], entry["eval_loss"]) for entry in self.entries if "eval_loss" in entry
         ]
@@ -46,8 +46,7 @@ class Evidence:
 def read_evidence(requested: Path) -> Evidence:
     """Read a finished run, or the checkpoint that is named.
 
-    Raises: ConfigError if it is neither, CheckpointError where two of its files do not belong
-    together."""
+    Raises: ConfigError if it is neither, CheckpointError if its files do not belong together."""
     folder = find_run(requested)
     if folder is None:
         raise ConfigError(
@@ -70,10 +69,8 @@ def read_evidence(requested: Path) -> Evidence:
     text = read_regular_file(folder / "config.yaml", _LIMIT).decode(errors="replace")
     config = parse_command_line(["--config", str(folder / "config.yaml")]).config
     stated = {name: identity[name] for name in config.knobs("identity") if name in identity}
-    if config.lora_target_modules in (
-        None,
-        ("all-linear",),
-    ):  # what that stood for is in the identity
+    # What these stood for is in the identity.
+    if config.lora_target_modules in (None, ("all-linear",)):
         stated["lora_target_modules"] = config.knobs("identity")["lora_target_modules"]
     changed = differences(stated, config.knobs("identity"))
     if changed:
@@ -92,20 +89,16 @@ def read_evidence(requested: Path) -> Evidence:
 
 
 def _finished(folder: Path, run: dict[str, Any]) -> tuple[int, LedgerPosition, dict[str, bytes]]:
-    """Steps, the ledger's end, and the finished adapter, which has to have the sha256 that
-    `run.json` states."""
+    """Steps, the ledger's end, and the finished adapter, if it has the sha256 of `run.json`."""
     result = run.get("result")
     if result is None:
         there = list_checkpoints(folder / "checkpoints")
-        way = f"name a checkpoint: {there[-1]}" if there else "it has no checkpoint either"
-        raise ConfigError(f"{folder}: not finished; train it to its end, or {way}")
+        hint = f"name a checkpoint: {there[-1]}" if there else "it has no checkpoint either"
+        raise ConfigError(f"{folder}: not finished; train it to its end, or {hint}")
     names = ("adapter_config.json", "adapter_model.safetensors")
     adapter = {name: read_regular_file(folder / "adapter" / name, _LIMIT) for name in names}
     weights = "adapter_model.safetensors"
     check_sha256(folder / "adapter" / weights, adapter[weights], result["adapter_sha256"])
     content = read_regular_file(folder / "ledger.jsonl", _LIMIT)
-    return (
-        result["steps"],
-        LedgerPosition(content.count(b"\n"), len(content), result["ledger_head"]),
-        adapter,
-    )
+    end = LedgerPosition(content.count(b"\n"), len(content), result["ledger_head"])
+    return result["steps"], end, adapter

@@ -1,5 +1,4 @@
-"""What a name on a command line stands for: a run, a checkpoint of it, or a plain model; verified,
-then loaded."""
+"""What a name on a command line stands for, verified and loaded: a run, a checkpoint, a model."""
 
 import sys
 import warnings
@@ -40,8 +39,9 @@ def find_run(folder: Path) -> Path | None:
 
 
 def find_named_model(name: str, base_only: bool) -> NamedModel:
-    """What the command's first argument stands for. Raises: ConfigError; CheckpointError if no
-    adapter verifies."""
+    """What the command's first argument stands for.
+
+    Raises: ConfigError; CheckpointError if no adapter verifies."""
     folder = Path(name)
     run = find_run(folder)
     if run is not None:
@@ -52,9 +52,8 @@ def find_named_model(name: str, base_only: bool) -> NamedModel:
             f"{name}: found an adapter without its run; expected RUN or RUN/checkpoints/step-N"
         )
     beside_runs = len(folder.parts) == 2 and any(folder.parent.glob("*/config.yaml"))
-    if not folder.exists() and (
-        beside_runs or len(folder.parts) > 2 or name[:1] in ".~"
-    ):  # no Hub id, a slip
+    no_hub_id = beside_runs or len(folder.parts) > 2 or name[:1] in ".~"
+    if no_hub_id and not folder.exists():  # a slip
         raise ConfigError(
             f"{name}: found no such folder; expected a run, a checkpoint in it, or a model"
         )
@@ -62,32 +61,21 @@ def find_named_model(name: str, base_only: bool) -> NamedModel:
 
 
 def find_adapter(run: Path, requested: Path) -> tuple[Path, str]:
-    """Folder and sha256 of the checkpoint asked for, else of the finished adapter, else of the
-    newest checkpoint.
+    """The named checkpoint, else the finished adapter, else the newest checkpoint; with its sha256.
 
-    Raises: CheckpointError unless it is what its manifest, or for the finished one `run.json`,
-    states."""
-    result, checkpoints = (
-        read_run_json(run / "run.json").get("result"),
-        list_checkpoints(run / "checkpoints"),
-    )
+    Raises: CheckpointError unless its manifest, or `run.json` for the finished one, states it."""
+    result = read_run_json(run / "run.json").get("result")
+    checkpoints = list_checkpoints(run / "checkpoints")
     if requested.resolve().parent == run.resolve() / "checkpoints":
         folder = requested
     elif result is not None:
-        path, stated = (
-            run / "adapter" / "adapter_model.safetensors",
-            dict(result).get("adapter_sha256"),
-        )
-        return path.parent, check_sha256(
-            path, path.read_bytes() if path.is_file() else None, stated
-        )
+        path = run / "adapter" / "adapter_model.safetensors"
+        content = path.read_bytes() if path.is_file() else None
+        return path.parent, check_sha256(path, content, dict(result).get("adapter_sha256"))
     elif checkpoints:
         folder = checkpoints[-1]
-        print(
-            f"{run}: not finished; this is its newest checkpoint, {folder.name}",
-            file=sys.stderr,
-            flush=True,
-        )
+        notice = f"not finished; this is its newest checkpoint, {folder.name}"
+        print(f"{run}: {notice}", file=sys.stderr, flush=True)
     else:
         raise CheckpointError(
             f"{run}: found no finished adapter and no checkpoint; train it on, or give --base"
@@ -96,8 +84,9 @@ def find_adapter(run: Path, requested: Path) -> tuple[Path, str]:
 
 
 def check_sha256(path: Path, content: bytes | None, stated: str | None) -> str:
-    """The sha256 of the finished adapter's content. Raises: CheckpointError unless it is the one
-    `run.json` states."""
+    """The sha256 of the finished adapter's content.
+
+    Raises: CheckpointError unless it is the one that `run.json` states."""
     actual = "no file" if content is None else sha256(content)
     if actual != stated:
         hint = f"run.json states sha256 {stated}; its training command restores it"
@@ -106,8 +95,9 @@ def check_sha256(path: Path, content: bytes | None, stated: str | None) -> str:
 
 
 def load_model(named: NamedModel) -> PreTrainedModel:
-    """The base, with the adapter in it, for inference. Raises: CheckpointError if they do not fit
-    together."""
+    """The base, with the adapter in it, for inference.
+
+    Raises: CheckpointError if they do not fit together."""
     base = load_for_inference(named.config)
     return base if named.adapter is None else causal_lm_of(load_adapter(base, named.adapter))
 
@@ -120,14 +110,14 @@ def load_for_inference(config: Config) -> PreTrainedModel:
 
 
 def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
-    """An adapter put into its base, for inference. Raises: CheckpointError if they do not fit
-    together."""
+    """An adapter put into its base, for inference.
+
+    Raises: CheckpointError if they do not fit together."""
     with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5.23 by a name that it has deprecated, and only warns of a
-        # missing tensor.
-        warnings.filterwarnings(
-            "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
-        )
+        # PEFT 0.21 uses a name that transformers 5.23 has deprecated.
+        deprecated = ".*is_gradient_checkpointing.*"
+        warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
+        # It only warns of a missing tensor.
         warnings.filterwarnings("error", message="Found missing adapter keys", category=UserWarning)
         try:
             return PeftModel.from_pretrained(base, adapter).eval()
@@ -139,8 +129,9 @@ def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
 
 
 def logits(model: PreTrainedModel) -> Tensor:
-    """What a model makes of 32 tokens spread over its vocabulary, on the CPU in float32: (32,
-    vocabulary)."""
+    """What a model makes of 32 tokens spread over its vocabulary.
+
+    Shapes: (32, vocabulary), float32 on the CPU."""
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings, nn.Embedding)
     tokens = torch.arange(32, device=model.device) * embeddings.num_embeddings // 32

@@ -25,9 +25,8 @@ def biased_attention(qkv: Tensor, bias: Tensor, grids: list[Grid]) -> Tensor:
     def attend(qkv: Tensor) -> Tensor:
         query, key, value = qkv.transpose(1, 2).unbind(-2)
         width = query.shape[2]
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=bias[..., :width, :width]
-        )
+        mask = bias[..., :width, :width]
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return mixed.transpose(1, 2)
 
     return _on_grids(attend, (qkv,), grids)
@@ -42,20 +41,17 @@ def rows_attention(
     grids: list[Grid] | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' own SDPA, on each grid of rows. Padding stands behind every token of its row,
-    so none sees it.
+    """transformers' own SDPA, on each grid of rows.
 
-    `grids` comes from `body.py`, as a keyword that the model's own forward hands down to its
-    attention unread. Without it (a sample that is generated) this is transformers' SDPA, unchanged.
-    Raises: ValueError for what that leaves to a mask, which is not made here, or does not have at
-    all. Shapes: query (1, heads, T, head size), key and value with their own heads; returns (1, T,
-    heads, head size)."""
+    Padding stands behind every token of its row, so none sees it. `grids` comes from `body.py`, as
+    a keyword that the model's own forward hands down to its attention unread. Without it (a sample
+    that is generated) this is transformers' SDPA, unchanged. Raises: ValueError for what that
+    leaves to a mask, which is not made here, or does not have at all. Shapes: query (1, heads, T,
+    head size), key and value with their own heads; returns (1, T, heads, head size)."""
     if grids is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    window = options.get("sliding_window")
-    if options.get("s_aux") is not None or (
-        window is not None and window < max(grid.width for grid in grids)
-    ):
+    window, widest = options.get("sliding_window"), max(grid.width for grid in grids)
+    if options.get("s_aux") is not None or (window is not None and window < widest):
         raise ValueError("attention sinks, or a window narrower than a row")
 
     def attend(*padded: Tensor) -> Tensor:

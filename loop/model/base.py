@@ -14,8 +14,7 @@ from loop.model.quantize import keep_trainable, quantization_config
 
 
 def base_commit(config: Config) -> str | None:
-    """The commit that the base's revision is on the Hub, or was when it was downloaded; None for a
-    folder.
+    """The commit of the base's revision on the Hub, or at its download; None for a folder.
 
     Raises: ConfigError where an absolute path is not there, HubError."""
     path = Path(config.model_name_or_path)
@@ -35,8 +34,7 @@ def base_commit(config: Config) -> str | None:
 def base_dtype(
     device: torch.device, precision: str = "no"
 ) -> Literal["float32", "bfloat16", "float16"]:
-    """Where the config names none: float32 on CPU; on a GPU bfloat16, or float16 if that is its
-    precision."""
+    """Where the config names none: float32 on CPU; on a GPU bfloat16, or float16 for fp16."""
     if device.type != "cuda":
         return "float32"
     bf16 = precision != "fp16" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -44,9 +42,9 @@ def base_dtype(
 
 
 def load_base(config: Config, device: torch.device) -> PreTrainedModel:
-    """The base in one dtype on one device, quantised if asked: safetensors only, no code of its
-    repository, no token.
+    """The base in one dtype on one device, quantized where the config says so.
 
+    From safetensors only, with no code of its repository and no token.
     Raises: ConfigError for a folder, HubError for a Hub id."""
     dtype: torch.dtype = getattr(torch, config.dtype or base_dtype(device))
     with clear_errors(config, "model"):
@@ -63,21 +61,16 @@ def load_base(config: Config, device: torch.device) -> PreTrainedModel:
         )
         model: PreTrainedModel = loaded[0]
         loading: dict[str, Any] = loaded[1]
-        if (
-            loading["missing_keys"] or loading["mismatched_keys"]
-        ):  # transformers would make them up, with a warning
-            missing = sorted(
-                str(key) for key in [*loading["missing_keys"], *loading["mismatched_keys"]]
-            )
+        keys = [*loading["missing_keys"], *loading["mismatched_keys"]]
+        if keys:  # transformers would make them up, with a warning
+            missing = sorted(str(key) for key in keys)
             raise ValueError(f"no fitting tensor for {', '.join(missing[:3])}")
         if getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
                 "it is an adapter (adapter_config.json), which transformers put on its base"
             )
     keep_trainable(model)
-    model.generation_config = (
-        GenerationConfig()
-    )  # its own defaults would fill what a sample leaves open
+    model.generation_config = GenerationConfig()  # its own would fill what a sample leaves open
     return model
 
 
@@ -91,7 +84,6 @@ def base_config(config: Config) -> dict[str, Any]:
 
 
 def without_volatile(values: dict[str, Any]) -> dict[str, Any]:
-    """A `config.json` without what says where the model lay or which version of a library wrote
-    it."""
+    """A `config.json` without where the model lay and which version of a library wrote it."""
     volatile = ("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype")
     return {key: value for key, value in values.items() if key not in volatile}

@@ -1,5 +1,4 @@
-"""BLOOM's body on rows that lie end to end: the modules are the model's own, only their order is
-written here.
+"""BLOOM's body on packed rows: the modules are the model's own, only their order is written here.
 
 transformers 5.23 has one attention for BLOOM, on padded rows. Here linear modules and norms see no
 padding, attention is torch's SDPA on each group of rows, and GELU is torch's: transformers' is
@@ -21,8 +20,9 @@ from loop.model.attention import biased_attention
 
 
 def is_plain(model: BloomModel) -> bool:
-    """Is there nothing in its config that `bloom_hidden` does not do? Dropout in the base would not
-    show without it."""
+    """Is there nothing in its config that `bloom_hidden` does not do?
+
+    Without this check dropout in the base would not show."""
     config = model.config
     return not (
         config.hidden_dropout
@@ -36,13 +36,11 @@ def bloom_hidden(model: BloomModel, batch: Batch) -> Tensor:
 
     Source: transformers 5.23, models/bloom/modeling_bloom.py, BloomModel.forward."""
     hidden = model.word_embeddings_layernorm(model.word_embeddings(batch.input_ids))
-    device = (
-        hidden.device.type
-    )  # in the dtype of attention, else autocast would make every layer a copy of its own
+    device = hidden.device.type
+    # In the dtype of attention, else autocast would make every layer a copy of its own.
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    width = 8 * math.ceil(
-        max(grid.width for grid in batch.grids) / 8
-    )  # else CUDA's kernel copies it for each layer
+    # A multiple of 8, else CUDA's kernel copies it for each layer.
+    width = 8 * math.ceil(max(grid.width for grid in batch.grids) / 8)
     bias = causal_alibi(width, model.num_heads, dtype, hidden.device)
     for block in model.h:
         if model.training and block.gradient_checkpointing:
@@ -54,8 +52,9 @@ def bloom_hidden(model: BloomModel, batch: Batch) -> Tensor:
 
 
 def bloom_block(block: Any, hidden: Tensor, bias: Tensor, grids: list[Grid]) -> Tensor:
-    """A BloomBlock: attention and MLP, each behind a norm and added to what it was given. Shapes:
-    (T, hidden size)."""
+    """A BloomBlock: attention and MLP, each behind a norm and added to what it was given.
+
+    Shapes: (T, hidden size)."""
     attention, mlp = block.self_attention, block.mlp
     fused = attention.query_key_value(block.input_layernorm(hidden))
     qkv = fused.unflatten(-1, (attention.num_heads, 3, attention.head_dim))
@@ -66,8 +65,9 @@ def bloom_block(block: Any, hidden: Tensor, bias: Tensor, grids: list[Grid]) -> 
 
 
 def causal_alibi(width: int, num_heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """transformers' ALiBi of the keys' positions in their row, -inf on the future. Shapes: (1,
-    heads, width, width)."""
+    """transformers' ALiBi of the keys' positions in their row, -inf on the future.
+
+    Shapes: (1, heads, width, width)."""
     row = torch.ones(1, width, dtype=torch.int64, device=device)
     alibi: Tensor = build_alibi_tensor(row, num_heads, dtype)
     future = torch.ones(width, width, dtype=torch.bool, device=device).triu(1)

@@ -1,5 +1,4 @@
-"""The model below its head: a batch in, the hidden state of each of its tokens out, in one of two
-layouts."""
+"""The model below its head: a batch in, the hidden state of each token out, in two layouts."""
 
 import math
 from collections.abc import Callable
@@ -15,43 +14,34 @@ from loop.model.bloom import bloom_hidden, is_plain
 
 
 class PackedBody(NamedTuple):
-    """How the body of one kind of model computes rows that are packed end to end, each seeing
-    itself alone."""
+    """How the body of one kind of model computes packed rows, each seeing itself alone."""
 
     is_possible: Callable[[Any], bool]  # of the body: does its config ask for nothing beyond this?
     hidden_states: Callable[[Any, Batch], Tensor]  # of the body: (T, hidden size)
-    attention: str | None = (
-        None  # transformers' name of the attention that the model is switched to
-    )
+    attention: str | None = None  # transformers' name of the attention to switch the model to
 
 
 def _through_attention_interface(body: PreTrainedModel, batch: Batch) -> Tensor:
-    """The model's own forward on one sequence; `grids` travels through its keywords to
-    `attention.py`.
+    """The model's own forward on one sequence; its keywords carry `grids` to `attention.py`.
 
-    transformers' layers pass on what they do not know to the attention function; `rows_attention`
-    takes it there."""
+    transformers' layers hand what they do not know to the attention function, `rows_attention`."""
     ids, positions = batch.input_ids[None], batch.position_ids[None]
-    last: Tensor = body(
-        input_ids=ids, position_ids=positions, grids=batch.grids, use_cache=False
-    ).last_hidden_state
+    output = body(input_ids=ids, position_ids=positions, grids=batch.grids, use_cache=False)
+    last: Tensor = output.last_hidden_state
     return last[0]
 
 
 PACKED_BODIES = {BloomModel: PackedBody(is_plain, bloom_hidden)}
-"""Kinds whose forward is written out here, because transformers has no other attention for them
-than its own."""
+"""Kinds whose forward is written out here: transformers has but one attention for them."""
 _ANY_OTHER = PackedBody(
     lambda body: body._supports_attention_backend, _through_attention_interface, ROWS
 )
 
 
 def packed_body(causal_lm: PreTrainedModel) -> PackedBody:
-    """The entry of PACKED_BODIES for this model, else the way through transformers' attention
-    interface."""
-    kinds = (
-        packed for kind, packed in PACKED_BODIES.items() if isinstance(causal_lm.base_model, kind)
-    )
+    """The entry of PACKED_BODIES for this model, else through transformers' attention interface."""
+    body = causal_lm.base_model
+    kinds = (packed for kind, packed in PACKED_BODIES.items() if isinstance(body, kind))
     return next(kinds, _ANY_OTHER)
 
 
@@ -70,8 +60,7 @@ def own_logits(causal_lm: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def padded_inputs(batch: Batch) -> dict[str, Tensor | bool]:
-    """What a model of transformers is given: (rows, width) ids, and 1 for a token, 0 for padding,
-    by length alone."""
+    """For a model of transformers: (rows, width) ids, and a mask of their lengths."""
     (grid,) = batch.grids
     mask = grid.pad(torch.ones_like(batch.input_ids))
     return {"input_ids": grid.pad(batch.input_ids), "attention_mask": mask, "use_cache": False}
@@ -80,20 +69,16 @@ def padded_inputs(batch: Batch) -> dict[str, Tensor | bool]:
 def check_padding_free(
     causal_lm: PreTrainedModel, padded: Batch, free: Batch, tolerance: float
 ) -> float:
-    """Compare the two layouts on the same real rows, without gradients; ready the model for the
-    second if they agree.
+    """Compare the layouts on real rows, without gradients; if they agree, ready the model to pack.
 
     Returns the relative difference of the hidden states of the row where it is largest, so that a
-    long row does not hide what leaked into a short one; infinite where transformers gives the model
-    no way in."""
+    long row does not hide what leaked into a short one; infinite where the model has no packing."""
     packed, before = packed_body(causal_lm), causal_lm.config._attn_implementation
-    # Some models keep a window in their mask alone, which is not made here: just above it, little
-    # would show.
+    # Some models keep a window in their mask alone: it is not made here, and would show little.
     text = causal_lm.config.get_text_config()
     windows = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    is_narrow = any(
-        window is not None and window < max(grid.width for grid in free.grids) for window in windows
-    )
+    widest = max(grid.width for grid in free.grids)
+    is_narrow = any(window is not None and window < widest for window in windows)
     if is_narrow or not packed.is_possible(causal_lm.base_model):
         return math.inf
     with torch.no_grad():
@@ -101,9 +86,8 @@ def check_padding_free(
         if packed.attention is not None:
             causal_lm.set_attn_implementation(packed.attention)
         try:
-            difference = _of_the_worst_row(
-                hidden_states(causal_lm, free, padding_free=True) - own, own, free
-            )
+            packed_rows = hidden_states(causal_lm, free, padding_free=True)
+            difference = _of_the_worst_row(packed_rows - own, own, free)
         except ValueError:  # transformers' refusal of an option that its SDPA does not have
             difference = math.inf
     if not difference < tolerance:

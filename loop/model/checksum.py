@@ -1,5 +1,4 @@
-"""Proof that the base did not move: a sha256 of every frozen tensor, and the shapes that no forward
-may change."""
+"""Proof that the base did not move: a sha256 of every frozen tensor, and the shape of each."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +11,7 @@ from loop.model.lora import adapter_parameters
 
 
 def frozen_tensors(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and dtype of every frozen tensor: what no forward may change, and a quantised module
-    might."""
+    """Shape and dtype of every frozen tensor: no forward may change them, a quantized one might."""
     return {name: (p.shape, p.dtype) for name, p in model.named_parameters() if not p.requires_grad}
 
 

@@ -18,8 +18,7 @@ from loop.model.quantize import dtype_name, num_parameters
 
 
 def add_adapter(base: PreTrainedModel, config: Config) -> PeftModel:
-    """Freeze the base and put LoRA on it: A random from `seed`, B zero, so that step 0 starts at
-    the base.
+    """Freeze the base and put LoRA on it: A random from `seed`, B zero, so step 0 is at the base.
 
     Raises: ConfigError that lists the candidates where a target module names nothing."""
     lora = LoraConfig(
@@ -33,18 +32,13 @@ def add_adapter(base: PreTrainedModel, config: Config) -> PeftModel:
         bias="none",
     )
     torch.manual_seed(config.seed)
-    with (
-        warnings.catch_warnings()
-    ):  # PEFT 0.21 asks transformers 5.23 by a name that it has deprecated
-        warnings.filterwarnings(
-            "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
-        )
-        model = get_peft_model(
-            base, lora, autocast_adapter_dtype=True
-        )  # LoRA in float32 on a bf16 base
-    lora.target_modules = sorted(
-        lora.target_modules or []
-    )  # a set's order changes with Python's hash seed
+    with warnings.catch_warnings():
+        # PEFT 0.21 uses a name that transformers 5.23 has deprecated.
+        deprecated = ".*is_gradient_checkpointing.*"
+        warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
+        model = get_peft_model(base, lora, autocast_adapter_dtype=True)  # float32 on a bf16 base
+    # A set's order changes with Python's hash seed.
+    lora.target_modules = sorted(lora.target_modules or [])
     if config.gradient_checkpointing:
         base.activation_checkpointing_enable()
     return model
@@ -61,8 +55,7 @@ def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     """Every tensor that is trained, by its name in `adapter_model.safetensors`, sorted by name.
 
     This is the order of the census, of the flat gradient, of the optimizer and of the checkpoint.
-    Raises: ConfigError if nothing is trainable; AssertionError if something outside the adapter
-    is."""
+    Raises: ConfigError if nothing is trainable; AssertionError if more than the adapter is."""
     saved = get_peft_model_state_dict(model, save_embedding_layers=False)
     names = {tensor.data_ptr(): name for name, tensor in saved.items()}
     trainable = {
@@ -70,19 +63,18 @@ def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     }
     strangers = [name for name, parameter in trainable.items() if parameter.data_ptr() not in names]
     assert not strangers, f"trainable, but not part of the adapter: {strangers}"
-    assert all(parameter.dtype.itemsize >= 4 for parameter in trainable.values()), (
-        "trained below float32"
-    )
+    is_wide = all(parameter.dtype.itemsize >= 4 for parameter in trainable.values())
+    assert is_wide, "trained below float32"
     if not trainable:
         raise ConfigError("lora_target_modules: nothing is trainable")
-    return dict(
-        sorted((names[parameter.data_ptr()], parameter) for parameter in trainable.values())
-    )
+    named = ((names[parameter.data_ptr()], parameter) for parameter in trainable.values())
+    return dict(sorted(named))
 
 
 def gradients(parameters: dict[str, nn.Parameter]) -> list[Tensor]:
-    """What backward left in each, flattened. Raises: TrainingStateError by name where it left
-    nothing, silently."""
+    """What backward left in each, flattened.
+
+    Raises: TrainingStateError by name where it silently left nothing."""
     missing = [name for name, parameter in parameters.items() if parameter.grad is None]
     if missing:
         raise TrainingStateError(
@@ -123,8 +115,7 @@ def census(model: PeftModel) -> dict[str, Any]:
 
 
 def adapter_config_json(model: PeftModel, config: Config) -> bytes:
-    """`adapter_config.json` with sorted keys; the base by its Hub id, or null where it is a local
-    folder."""
+    """`adapter_config.json` with sorted keys; the base by its Hub id, null for a local folder."""
     values: dict[str, Any] = model.peft_config["default"].to_dict()
     local = Path(config.model_name_or_path).exists()
     values |= {
@@ -132,15 +123,14 @@ def adapter_config_json(model: PeftModel, config: Config) -> bytes:
         "revision": None if local else config.model_revision,
         "inference_mode": True,
     }
-    values = {
-        key: sorted(value) if isinstance(value, set) else value for key, value in values.items()
-    }
+    values = {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
     return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _target_modules(base: PreTrainedModel, requested: tuple[str, ...] | None) -> list[str]:
-    """The modules to adapt. PEFT itself is silent about a name that matches nothing beside one that
-    does."""
+    """The modules to adapt.
+
+    PEFT itself is silent about a name that matches nothing beside one that does."""
     head = base.get_output_embeddings()
     linear = {
         name: module

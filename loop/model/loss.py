@@ -13,11 +13,11 @@ from loop.data.batch import Batch
 from loop.model.body import hidden_states, own_logits
 
 VOCABULARY_BLOCK = 4096
-"""Tokens of the vocabulary whose logits are alive at once. 2,048 to 8,192 were alike on two CPUs'
-caches."""
+"""Tokens of the vocabulary whose logits are alive at once; 2,048 to 8,192 are alike on two CPUs."""
 CHUNK_TARGETS = 256
-"""Targets whose logits are alive at once where the loss is not fused: 257 MB of float32 for BLOOM's
-250,880."""
+"""Targets whose logits are alive at once where the loss is not fused.
+
+For BLOOM's vocabulary of 250,880 that is 257 MB of float32."""
 
 
 class SummedLoss(nn.Module):
@@ -26,35 +26,29 @@ class SummedLoss(nn.Module):
     A sum, not a mean: the divisor belongs to the whole step, and only `train.py` knows it."""
 
     def __init__(self, model: nn.Module, causal_lm: PreTrainedModel) -> None:
-        """`model` holds the adapter and owns all parameters; `causal_lm` is the transformers model
-        inside it."""
+        """`model` owns all parameters, the adapter's too; `causal_lm` is transformers' in it."""
         super().__init__()
         self.model = model
         self._causal_lm = (causal_lm,)  # in a tuple: registered once, through `model`
         self.padding_free = False  # else each batch has to be one grid
         self.fused = True  # where the head is a frozen linear module
         self.own_logits = False
-        """Set by `check_head` where logits are not head(hidden): then the model's own are used, at
-        their memory."""
+        """Set by `check_head` where logits are not head(hidden): the model's, at their memory."""
 
     def forward(self, batch: Batch) -> Tensor:
-        """Shapes: scalar, float32 (float64 for a float64 model), with a gradient even if there is
-        no target."""
+        """Shapes: scalar, float32 (float64 for float64), with a gradient even without a target."""
         (causal_lm,) = self._causal_lm
         if self.own_logits:
-            return _nll(
-                own_logits(causal_lm, batch).index_select(0, batch.target_positions), batch.targets
-            )
-        hidden = hidden_states(causal_lm, batch, self.padding_free).index_select(
-            0, batch.target_positions
-        )
+            logits = own_logits(causal_lm, batch).index_select(0, batch.target_positions)
+            return _nll(logits, batch.targets)
+        hidden = hidden_states(causal_lm, batch, self.padding_free)
+        hidden = hidden.index_select(0, batch.target_positions)
         head = causal_lm.get_output_embeddings()
         if self.fused and type(head) is nn.Linear and not head.weight.requires_grad:
             return fused_loss(hidden, head.weight, head.bias, batch.targets)
         loss_sum: Tensor = hidden.new_zeros((), dtype=_loss_dtype(hidden))
         for rows, wanted in zip(hidden.split(CHUNK_TARGETS), batch.targets.split(CHUNK_TARGETS)):
-            # Checkpointed: backward computes these logits again rather than keep them, for constant
-            # memory.
+            # Checkpointed: backward computes these logits again rather than keep them.
             loss_sum = loss_sum + checkpoint(
                 lambda h, t: _nll(head(h), t), rows, wanted, use_reentrant=False
             )
@@ -62,8 +56,7 @@ class SummedLoss(nn.Module):
 
 
 class _FusedLoss(torch.autograd.Function):
-    """The summed loss of a frozen linear head, and the gradient of its inputs, in one pass over the
-    vocabulary.
+    """A frozen linear head's summed loss and its inputs' gradient, in one pass over the vocabulary.
 
     Logits are never whole: for each block of the vocabulary exp(logit - largest yet) is summed, and
     multiplied with the block's own rows of the head, which gives the gradient of log-sum-exp; what
@@ -83,29 +76,23 @@ class _FusedLoss(torch.autograd.Function):
         targets: Tensor,
         with_gradient: bool,
     ) -> Tensor:
-        """Shapes: hidden (N, hidden size), weight (V, hidden size), bias (V,), targets (N,) ->
-        scalar."""
+        """Shapes: hidden (N, H), weight (V, H), bias (V,), targets (N,) -> scalar."""
         dtype = _loss_dtype(hidden)
         largest = hidden.new_full((len(hidden), 1), -math.inf, dtype=dtype)
-        others, wanted = (
-            torch.zeros_like(largest),
-            torch.zeros_like(largest),
-        )  # sum of exp(logit - largest); logit
-        pulled = torch.zeros_like(
-            hidden, dtype=dtype
-        )  # sum of exp(logit - largest) * the head's row, as of `others`
+        # `others` sums exp(logit - largest), but not the target's; `wanted` is the target's logit;
+        # `pulled` sums what `others` does, each times the head's row.
+        others, wanted = torch.zeros_like(largest), torch.zeros_like(largest)
+        pulled = torch.zeros_like(hidden, dtype=dtype)
         for start in range(0, len(weight), VOCABULARY_BLOCK):
-            block = weight[start : start + VOCABULARY_BLOCK]
-            product = F.linear(
-                hidden, block, None if bias is None else bias[start : start + VOCABULARY_BLOCK]
-            )
+            part = slice(start, start + VOCABULARY_BLOCK)
+            block = weight[part]
+            product = F.linear(hidden, block, None if bias is None else bias[part])
             logits, column = product.to(dtype), (targets - start)[:, None]
             inside, column = (column >= 0) & (column < len(block)), column.clamp(0, len(block) - 1)
             wanted = torch.where(inside, logits.gather(1, column), wanted)
             before, largest = largest, torch.maximum(largest, logits.amax(1, keepdim=True))
-            weights = (
-                logits.sub_(largest).mul_(math.log2(math.e)).exp2_()
-            )  # exp, at a third of its price on a CPU
+            # exp, at a third of its price on a CPU.
+            weights = logits.sub_(largest).mul_(math.log2(math.e)).exp2_()
             weights.scatter_(1, column, weights.gather(1, column).masked_fill_(inside, 0.0))
             shrink = (before - largest).exp_()
             others.mul_(shrink).add_(weights.sum(1, keepdim=True))
@@ -113,9 +100,8 @@ class _FusedLoss(torch.autograd.Function):
                 pulled.mul_(shrink).add_(weights.to(product.dtype) @ block)
             del product, logits, weights  # else they would be alive beside the next block's
         total = others + (wanted - largest).exp()
-        ctx.save_for_backward(
-            pulled.sub_(others * weight[targets]).div_(total) if with_gradient else None
-        )
+        gradient = pulled.sub_(others * weight[targets]).div_(total) if with_gradient else None
+        ctx.save_for_backward(gradient)
         ctx.dtype = hidden.dtype
         return (largest + total.log() - wanted).sum()
 
@@ -135,17 +121,15 @@ def fused_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Ten
 
 
 def check_head(loss: SummedLoss, padded: Batch, tolerance: float) -> float:
-    """Compare head(hidden) with the model's own logits on a real batch; where they differ, use the
-    model's own.
+    """Compare head(hidden) with the model's own logits on a real batch; use these if they differ.
 
-    Some models scale or cap their logits after the head (Granite, Cohere, Gemma 2). Returns the
-    relative difference."""
+    Some models (Granite, Cohere, Gemma 2) scale or cap logits after the head.
+    Returns the relative difference."""
     (causal_lm,) = loss._causal_lm
     with torch.no_grad():
         own = own_logits(causal_lm, padded)
-        ours = causal_lm.get_output_embeddings()(
-            hidden_states(causal_lm, padded, padding_free=False)
-        )
+        hidden = hidden_states(causal_lm, padded, padding_free=False)
+        ours = causal_lm.get_output_embeddings()(hidden)
     difference = float((ours - own).norm() / own.norm())
     loss.own_logits = not difference < tolerance
     return difference

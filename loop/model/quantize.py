@@ -1,4 +1,4 @@
-"""A base in 4 or 8 bits through bitsandbytes: how it is asked for, counted, and kept trainable."""
+"""A base in 4 or 8 bits through bitsandbytes: how it is loaded, counted, and kept trainable."""
 
 import math
 
@@ -9,12 +9,11 @@ from transformers import BitsAndBytesConfig
 
 
 def quantization_config(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """For `from_pretrained`: 4 is nf4 with double quantisation, 8 is LLM.int8(), 16 and more is
-    None.
+    """For `from_pretrained`: 4 is nf4 with double quantization, 8 is LLM.int8(), 16 is None.
 
-    Weights of linear modules are quantised while they load, the head, embeddings, norms and biases
-    stay in `dtype`. Source: Dettmers et al. 2023 (QLoRA), section 3; Dettmers et al. 2022
-    (LLM.int8())."""
+    Weights of linear modules are quantized while they load, the head, embeddings, norms and biases
+    stay in `dtype`.
+    Source: Dettmers et al. 2023 (QLoRA), section 3; Dettmers et al. 2022 (LLM.int8())."""
     if bits == 4:
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -26,8 +25,7 @@ def quantization_config(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | N
 
 
 def keep_trainable(model: nn.Module) -> None:
-    """Stop quantised modules from changing themselves in a forward, as those of bitsandbytes 0.50
-    do.
+    """Stop quantized modules from changing in a forward, as those of bitsandbytes 0.50 do.
 
     4 bits, on CPUs with avx512_bf16: the first forward without gradients repacks the weights into a
     form that backward cannot read. After an evaluation Llama would train without any gradient, and

@@ -1,5 +1,4 @@
-"""What the bits of a run depend on beside its identity: versions, code, processes, threads,
-device."""
+"""What a run's bits depend on beside its identity: versions, code, processes, threads, device."""
 
 import ast
 import hashlib
@@ -21,45 +20,33 @@ _LOOP = Path(__file__).parents[1]
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
     """What the bits of a run depend on beside its identity."""
-    cuda = accelerator.device.type == "cuda"
-    kernels = (
-        [torch.version.cuda, torch.backends.cudnn.version()]
-        if cuda
-        else [torch.backends.cpu.get_cpu_capability()]
-    )
-    device = torch.cuda.get_device_name(accelerator.device) if cuda else platform.machine()
+    device: list[Any] = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
+    if accelerator.device.type == "cuda":
+        name = torch.cuda.get_device_name(accelerator.device)
+        device = [name, torch.version.cuda, torch.backends.cudnn.version()]
     versions = {name: metadata.version(name) for name in PACKAGES}
     return {
         "versions": {**versions, "python": platform.python_version(), "torch": torch.__version__},
         "source_sha256": source_sha256(),
         "num_processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
-        "device": " ".join(str(word) for word in (device, *kernels)),
+        "device": " ".join(str(word) for word in device),
     }
 
 
 def source_sha256() -> str:
-    """Of every file of this package that training imports: their paths and contents, in the order
-    of the paths.
+    """Of every file of this package that training imports: path and content, in order of paths.
 
-    A word in the model card's code changes nothing that was trained, so it is not in it; one in the
-    collator is."""
+    The model card's code changes nothing that is trained, so it is not in it; the collator's is."""
     package, reached, waiting = _LOOP, set[Path](), [_LOOP / "train.py"]
     while waiting:
         path = waiting.pop()
         if path not in reached:
             reached.add(path)
-            nodes = (
-                node
-                for node in ast.walk(ast.parse(path.read_bytes()))
-                if isinstance(node, ast.ImportFrom)
-            )
-            names = [
-                str(node.module).split(".")
-                for node in nodes
-                if str(node.module).startswith("loop.")
-            ]
-            waiting += [package.joinpath(*name[1:]).with_suffix(".py") for name in names]
+            nodes = ast.walk(ast.parse(path.read_bytes()))
+            modules = [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
+            names = [module.split(".")[1:] for module in modules if module.startswith("loop.")]
+            waiting += [package.joinpath(*name).with_suffix(".py") for name in names]
     source = hashlib.sha256()
     for path in sorted(reached):
         source.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
@@ -67,18 +54,9 @@ def source_sha256() -> str:
 
 
 def source_commit() -> str | None:
-    """The commit of the checkout that runs, with a + where it was changed; None where there is no
-    checkout."""
-    git = [
-        "git",
-        "-C",
-        str(_LOOP),
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--dirty=+",
-        "--exclude=*",
-    ]
+    """The commit of the checkout that runs, with a + where it was changed; None without one."""
+    describe = ["describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    git = ["git", "-C", str(_LOOP), *describe]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

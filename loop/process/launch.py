@@ -12,7 +12,7 @@ from loop.errors import ConfigError
 from loop.process.command import launched_processes
 
 _PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=2))
-"""Longer than a slow disk or the tokenising of a large dataset, which the others wait for."""
+"""Longer than a slow disk or the tokenizing of a large dataset, which the others wait for."""
 _NO_SCALER = GradScalerKwargs(enabled=False)
 """accelerate's scaler skips steps whose gradient overflows; `loss_scale.py` repeats them."""
 

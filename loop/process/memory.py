@@ -26,6 +26,5 @@ def peak_memory(device: torch.device) -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """torch's CPU allocator and cuBLAS raise plain RuntimeErrors."""
     words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-        word in str(error) for word in words
-    )
+    is_plain = any(word in str(error) for word in words)
+    return is_plain or isinstance(error, (MemoryError, torch.OutOfMemoryError))

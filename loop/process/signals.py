@@ -1,5 +1,4 @@
-"""Signals: noted when they come, acted on between two steps, so that a stop is a checkpoint, never
-half a step."""
+"""Signals: noted when they come, acted on between two steps, so that a stop is a checkpoint."""
 
 import os
 import signal
@@ -15,8 +14,7 @@ from torch import Tensor
 from loop.errors import Stopped
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""All but the last end the run; SIGUSR1 saves a checkpoint and goes on. A launcher that is gone
-counts as SIGHUP."""
+"""All but SIGUSR1, which saves and goes on, end the run; a launcher that is gone is a SIGHUP."""
 
 
 class Request(NamedTuple):
@@ -27,8 +25,7 @@ class Request(NamedTuple):
 
 
 class Signals:
-    """Within `with Signals() as signals:` the four are caught; before `defer` they end the run at
-    once."""
+    """Within `with Signals():` the four are caught; before `defer` they end the run at once."""
 
     def __init__(self) -> None:
         self._heard: set[int] = set()
@@ -52,13 +49,11 @@ class Signals:
         self._deferred = True
 
     def flags(self, device: torch.device) -> Tensor:
-        """1 for each of SIGNALS that came, to be summed over processes: not all hear of one in the
-        same step."""
+        """1 for each of SIGNALS that came, to be summed: processes may hear in different steps."""
         orphaned = {signal.SIGHUP} if self._launcher not in (None, os.getppid()) else set()
         heard = self._heard | orphaned
-        return torch.tensor([float(number in heard) for number in SIGNALS]).to(
-            device, non_blocking=True
-        )
+        flags = torch.tensor([float(number in heard) for number in SIGNALS])
+        return flags.to(device, non_blocking=True)
 
     def take(self, counts: list[float]) -> Request:
         """What the summed flags ask for; a save that is granted here is not asked for again."""
@@ -76,14 +71,11 @@ class Signals:
         self._heard.add(number)
         name = signal.Signals(number).name
         if number != signal.SIGUSR1 and not self._deferred:
-            raise Stopped(
-                number,
-                f"{name} before the first step of this session: it trained and saved nothing",
-            )
+            reason = "before the first step of this session: it trained and saved nothing"
+            raise Stopped(number, f"{name} {reason}")
         what = "saving" if number == signal.SIGUSR1 else "stopping"
-        _write_to_terminal(
-            f"\n{name}: {what} after this step\n" if os.environ.get("RANK", "0") == "0" else ""
-        )
+        line = f"\n{name}: {what} after this step\n"
+        _write_to_terminal(line if os.environ.get("RANK", "0") == "0" else "")
 
 
 def _write_to_terminal(text: str) -> None:

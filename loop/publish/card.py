@@ -1,5 +1,4 @@
-"""The model card: what was recorded, said on the Hub's first page; only its generated part is ever
-replaced."""
+"""The model card: what was recorded, for the Hub; only its generated part is ever replaced."""
 
 import html
 import math
@@ -29,14 +28,12 @@ _FACTS = (
     "pipeline_tag",
     "model-index",
 )
-"""Metadata that follow from the run or were asked for. The others keep what was written on the
-Hub."""
+"""Metadata that follow from the run or the flags. The others keep what was written on the Hub."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where an adapter goes, and what the run cannot know: how its base is called there, licence
-    and language."""
+    """Where an adapter goes, and what the run cannot know: the base's id, license and language."""
 
     repo_id: str
     base: str  # Hub id
@@ -51,12 +48,12 @@ class Target:
 
     @property
     def binding_license(self) -> str | None:
-        """BLOOM's, which is inherited, or the one that was asked for."""
+        """BLOOM's, which is inherited, or the flag's."""
         return BLOOM_LICENSE if self.is_bloom else self.license
 
     @property
     def is_bloom(self) -> bool:
-        """Whether BLOOM's licence binds it. Source: the cards of BigScience's models on the Hub."""
+        """Whether BLOOM's license binds it. Source: the cards of BigScience's models on the Hub."""
         return self.base.lower().startswith("bigscience/bloom")
 
 
@@ -153,11 +150,10 @@ def _dataset_id(evidence: Evidence) -> str | None:
 
 
 def merge_cards(new: str, on_hub: str) -> str:
-    """The card on the Hub with its generated part replaced, and those of its metadata that follow
-    from the run.
+    """The card on the Hub with its generated part, and the metadata in `_FACTS`, replaced.
 
-    A card that this program did not make gets the part at its end. Raises: HubError where it cannot
-    be read."""
+    A card that this program did not make gets the part at its end.
+    Raises: HubError where it cannot be read."""
     try:
         return _merge(ModelCard(new), ModelCard(on_hub, ignore_metadata_errors=True))
     except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
@@ -170,20 +166,16 @@ def _merge(card: ModelCard, old: ModelCard) -> str:
     begin, end = old.text.find(START), old.text.rfind(END)
     generated = card.text[card.text.index(START) : card.text.rindex(END) + len(END)]
     if old.text.count(START) > 1 or (begin < 0) != (end < 0) or end < begin:
-        raise HubError(
-            "README.md on the Hub: one of the two marks around the generated part is gone; remove"
-            " the other"
-        )
+        reason = "one of the two marks around the generated part is gone"
+        raise HubError(f"README.md on the Hub: {reason}; remove the other")
     if begin < 0:
         old.text = old.text.rstrip("\n") + "\n\n" + generated + "\n"
     else:
         old.text = old.text[:begin] + generated + old.text[end + len(END) :]
     made, kept = card.data.to_dict(), old.data.to_dict()
     written = {key: value for key, value in kept.items() if key not in _FACTS}
-    tags = [
-        *kept.get("tags", []),
-        *(tag for tag in made["tags"] if tag not in kept.get("tags", [])),
-    ]
+    old_tags = kept.get("tags", [])
+    tags = [*old_tags, *(tag for tag in made["tags"] if tag not in old_tags)]
     old.data = ModelCardData(**{**written, **made, "tags": tags})
     return str(old)
 
@@ -191,10 +183,8 @@ def _merge(card: ModelCard, old: ModelCard) -> str:
 def _metadata(evidence: Evidence, target: Target) -> ModelCardData:
     name, data = target.repo_id.partition("/")[2], evidence.run["data"]
     dataset_id = _dataset_id(evidence)
-    losses = [
-        ("base", evidence.evaluations[:1]),
-        ("adapter", evidence.evaluations[-1:] * _measured(evidence)),
-    ]
+    last = evidence.evaluations[-1:] * _measured(evidence)
+    losses = [("base", evidence.evaluations[:1]), ("adapter", last)]
     results = [
         EvalResult(
             task_type="text-generation",
@@ -234,20 +224,16 @@ def _measured(evidence: Evidence) -> bool:
 
 def _lora(identity: dict[str, Any]) -> str:
     kind = "DoRA" if identity["use_dora"] else "rsLoRA" if identity["use_rslora"] else "LoRA"
-    numbers = (
-        f"r={identity['lora_r']}, alpha {identity['lora_alpha']}, dropout"
-        f" {identity['lora_dropout']:g}"
-    )
-    return f"{kind}, {numbers}, on {', '.join(identity['lora_target_modules'])}"
+    numbers = f"r={identity['lora_r']}, alpha {identity['lora_alpha']}"
+    dropout = f"dropout {identity['lora_dropout']:g}"
+    return f"{kind}, {numbers}, {dropout}, on {', '.join(identity['lora_target_modules'])}"
 
 
 def _recipe(evidence: Evidence, target: Target) -> str:
     """The run's config with public names in the place of folders, as YAML that `--config` reads."""
+    output_dir = f"runs/{target.repo_id.partition('/')[2]}"
     public = {"model_name_or_path": target.base, "model_revision": target.base_commit}
-    public |= {
-        "dataset_name": evidence.run["data"]["name"],
-        "output_dir": f"runs/{target.repo_id.partition('/')[2]}",
-    }
+    public |= {"dataset_name": evidence.run["data"]["name"], "output_dir": output_dir}
     public |= {"resume_from_checkpoint": "auto", "stop_after_steps": None}
     return config_yaml(replace(evidence.config, **public), evidence.set_by)  # type: ignore[arg-type]
 
@@ -256,20 +242,15 @@ def _command(session: dict[str, Any], precision: str) -> str:
     """The launch config for as many processes on such devices."""
     processes = session["num_processes"]
     if session["device"].startswith(("x86", "arm", "aarch")):
-        launch = {1: "cpu.yaml", 2: "cpu_2.yaml"}.get(
-            processes, f"cpu_2.yaml --num_processes {processes}"
-        )
+        more = f"cpu_2.yaml --num_processes {processes}"
+        launch = {1: "cpu.yaml", 2: "cpu_2.yaml"}.get(processes, more)
     elif processes == 1:
-        launch = (
-            f"{'one_gpu_fp16' if precision == 'fp16' else 'one_gpu'}.yaml --mixed_precision"
-            f" {precision}"
-        )
+        name = "one_gpu_fp16" if precision == "fp16" else "one_gpu"
+        launch = f"{name}.yaml --mixed_precision {precision}"
     else:
         launch = f"multi_gpu.yaml --num_processes {processes} --mixed_precision {precision}"
-    return (
-        f"accelerate launch --quiet --config_file launch_configs/{launch} -m loop.train --config"
-        " recipe.yaml"
-    )
+    command = "-m loop.train --config recipe.yaml"
+    return f"accelerate launch --quiet --config_file launch_configs/{launch} {command}"
 
 
 def _cell(text: str) -> str:

@@ -1,5 +1,4 @@
-"""The Hub, as a publication needs it: look, send one commit, fetch it back. Nothing here deletes
-anything."""
+"""The Hub, as publishing needs it: look, send one commit, fetch it back. Nothing is deleted."""
 
 import errno
 import hashlib
@@ -37,20 +36,19 @@ from loop.errors import EnvironmentFault, HubError, LoopError
 
 Answer = TypeVar("Answer")
 WAITS = (1.0, 2.0, 4.0)
-"""Seconds before each further attempt. The client itself repeats uploads and downloads, five
-times."""
+"""Seconds before each retry. The client itself repeats uploads and downloads, five times."""
 LONGEST_WAIT = 300.0
 """Seconds; where the Hub asks for more patience than this, the user decides."""
 TIMEOUT = 60.0
 """Seconds without a byte, in either direction. The client's own default is to wait for ever."""
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
 class Hub:
-    """The client, and whose token it uses. The token is passed to each call and never kept in the
-    environment."""
+    """The client, and whose token it uses: passed to each call, never kept in the environment."""
 
     api: HfApi
     token: str
@@ -85,23 +83,16 @@ def connect() -> Hub:
     """Find the token and ask the Hub whose it is. Raises: HubError."""
     if constants.is_offline_mode():
         raise HubError("HF_HUB_OFFLINE is set: publishing needs the network; unset it")
+    hint = "hf auth login, or set HF_TOKEN"
     try:
         token = get_token()
-    except (
-        Exception
-    ) as error:  # a file that is no text, an exchange that fails: the client has no common kind
-        raise HubError(
-            f"the token cannot be read: {type(error).__name__}; hf auth login, or set HF_TOKEN"
-        ) from None
+    except Exception as error:  # a file that is no text, a failed exchange: of no common kind
+        raise HubError(f"the token cannot be read: {type(error).__name__}; {hint}") from None
     if token is None:
-        raise HubError(
-            "no token: publishing needs one that may write; hf auth login, or set HF_TOKEN"
-        )
+        raise HubError(f"no token: publishing needs one that may write; {hint}")
     if not re.fullmatch(r"[\x21-\x7e]+", token):  # the client would quote it in its complaint
-        raise HubError(
-            "the token holds characters that no token has; copy it again: hf auth login, or set"
-            " HF_TOKEN"
-        )
+        reason = "the token holds characters that no token has"
+        raise HubError(f"{reason}; copy it again: {hint}")
     set_client_factory(_client)
     for module in ("utils._http", "file_download"):
         logging.getLogger(f"huggingface_hub.{module}").filters = [_RetryLog(token)]
@@ -115,10 +106,10 @@ def connect() -> Hub:
 
 
 def look(hub: Hub, repo_id: str, revision: str | None) -> Remote | None:
-    """What is at a branch (None: main) now; None where there is no such repository. Raises:
-    HubError.
+    """What is at a branch (None: main) now; None where there is no such repository.
 
-    A branch that is not there yet has main's files, which it will begin with, and no head."""
+    A branch that is not there yet has main's files, which it will begin with, and no head.
+    Raises: HubError."""
     what = f"look at {repo_id}{f', {revision}' if revision else ''}"
 
     def ask(branch: str | None) -> Remote:
@@ -146,8 +137,9 @@ def look(hub: Hub, repo_id: str, revision: str | None) -> Remote | None:
 
 
 def create(hub: Hub, repo_id: str, public: bool) -> None:
-    """Make the repository; one that is there already is left as it is. Raises: HubError, and then
-    there is none."""
+    """Make the repository; one that is there already is left as it is.
+
+    Raises: HubError, and then there is none."""
     with_retries(
         hub,
         f"create {repo_id}",
@@ -165,8 +157,9 @@ def create_branch(hub: Hub, repo_id: str, branch: str) -> None:
 
 
 def check_card(hub: Hub, card: str) -> None:
-    """Let the Hub read the card's metadata before anything is made there. Raises: HubError with
-    what it dislikes."""
+    """Let the Hub read the card's metadata before anything is made there.
+
+    Raises: HubError with what it dislikes."""
     with_retries(hub, "check the card's metadata", lambda: ModelCard(card).validate())
 
 
@@ -199,10 +192,8 @@ def commit(
 
     An answer that was lost may stand for a commit that is there: after each failure it is looked
     for first. Raises: HubError; then nothing was committed, or it says that this is not known."""
-    what, operations = (
-        f"commit to {repo_id}",
-        [CommitOperationAdd(name, content) for name, content in files.items()],
-    )
+    what = f"commit to {repo_id}"
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     for wait in (*WAITS, None):
         try:
             sent = hub.api.create_commit(
@@ -217,16 +208,13 @@ def commit(
                 raise HubError(f"{what}: the Hub answered without a commit")
             return Sent(sent.oid, sent.pr_url)
         except Exception as error:  # what a client may raise on a bad answer has no common kind
-            cause = (
-                error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-            )
+            inner = error.__cause__
+            cause = inner if inner and isinstance(error, RuntimeError) else error
             there = _landed(hub, repo_id, files, parent, revision, create_pr, cause)
             if there is not None:
                 return there
-            conflict = isinstance(cause, HfHubHTTPError) and cause.response.status_code in (
-                409,
-                412,
-            )
+            status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
+            conflict = status in (409, 412)
             if wait is None or not (conflict or _is_passing(cause)):
                 raise _hub_error(hub, what, cause, "; nothing was committed") from None
             _pause(hub, what, cause, wait)
@@ -237,24 +225,17 @@ def _landed(
     hub: Hub, repo_id: str, files: dict[str, bytes], parent: Remote,
     revision: str | None, create_pr: bool, error: BaseException,
 ) -> Sent | None:  # fmt: skip
-    """The commit that a failed call may have left; None if it has left none. Raises: HubError if
-    that is not known."""
+    """The commit that a failed call may have left; None if it has left none.
+
+    Raises: HubError if that is not known."""
     try:
         there = open_pull_request(hub, repo_id, files) if create_pr else None
         now = look(hub, repo_id, revision)
     except HubError as unknown:
-        state = (
-            f"commit to {repo_id}: {_what_happened(hub, error)}; whether it is there is not known:"
-            f" {unknown}"
-        )
+        state = f"commit to {repo_id}: {_what_happened(hub, error)}"
+        state += f"; whether it is there is not known: {unknown}"
         raise HubError(f"{state}; run the same command again: it looks before it sends") from None
-    if (
-        there is None
-        and not create_pr
-        and now is not None
-        and now.head is not None
-        and now.holds(files)
-    ):
+    if not create_pr and now is not None and now.head is not None and now.holds(files):
         there = Sent(now.head)
     if there is None and (now is None or now.head != parent.head):
         moved = f"it was at {parent.head} when this was planned, and is at {now and now.head}"
@@ -284,18 +265,16 @@ def tagged(hub: Hub, repo_id: str, tag: str) -> str | None:
 
 
 def fetch(hub: Hub, repo_id: str, name: str, commit: str | None, folder: Path) -> Path | None:
-    """One file as the Hub serves it, through a cache in `folder`; None where it has none. Raises:
-    HubError."""
+    """One file as the Hub serves it, through a cache in `folder`; None where it has none.
+
+    Raises: HubError."""
+
+    def download() -> str:
+        return hf_hub_download(repo_id, name, revision=commit, token=hub.token, cache_dir=folder)
+
+    what = f"download {name} of {repo_id}"
     try:
-        path = with_retries(
-            hub,
-            f"download {name} of {repo_id}",
-            lambda: hf_hub_download(
-                repo_id, name, revision=commit, token=hub.token, cache_dir=folder
-            ),
-            EntryNotFoundError,
-        )
-        return Path(path)
+        return Path(with_retries(hub, what, download, EntryNotFoundError))
     except EntryNotFoundError:
         return None
 
@@ -303,8 +282,7 @@ def fetch(hub: Hub, repo_id: str, name: str, commit: str | None, folder: Path) -
 def with_retries(
     hub: Hub, what: str, call: Callable[[], Answer], *expected: type[Exception]
 ) -> Answer:
-    """Call; after a failure that may pass, again, a bounded number of times, each with a line on
-    stderr.
+    """Call; after a failure that may pass, retry a few times, each with a line on stderr.
 
     Raises: HubError in one sentence, without the client's own words behind it, which may quote an
     address with its signature; exceptions of the `expected` kinds as they are; EnvironmentFault if
@@ -315,21 +293,14 @@ def with_retries(
         except LoopError:
             raise
         except Exception as error:  # what a client may raise on a bad answer has no common kind
-            lost = isinstance(
-                error, LocalEntryNotFoundError
-            )  # what a download makes of a failed connection
+            # What a download makes of a failed connection.
+            lost = isinstance(error, LocalEntryNotFoundError)
             if isinstance(error, expected) and not lost:
                 raise
             cause = error.__cause__ if lost and error.__cause__ is not None else error
-            if isinstance(cause, OSError) and cause.errno in (
-                errno.ENOSPC,
-                errno.EDQUOT,
-                errno.EFBIG,
-                errno.EACCES,
-            ):
-                raise EnvironmentFault(
-                    f"{what}: {cause.strerror}; free some space, or set TMPDIR"
-                ) from None
+            if isinstance(cause, OSError) and cause.errno in _DISK:
+                hint = "free some space, or set TMPDIR"
+                raise EnvironmentFault(f"{what}: {cause.strerror}; {hint}") from None
             if wait is None or not _is_passing(cause):
                 raise _hub_error(hub, what, cause) from None
             _pause(hub, what, cause, wait)
@@ -338,10 +309,8 @@ def with_retries(
 
 def _whoami(api: HfApi) -> dict[str, str]:
     about = api.whoami()
-    return {
-        "name": str(about["name"]),
-        "role": str(about.get("auth", {}).get("accessToken", {}).get("role")),
-    }
+    token = about.get("auth", {}).get("accessToken", {})
+    return {"name": str(about["name"]), "role": str(token.get("role"))}
 
 
 def _client() -> httpx2.Client:
@@ -352,10 +321,9 @@ def _client() -> httpx2.Client:
 
 def _refuse_long_waits(response: httpx2.Response) -> None:
     """The client waits for as long as it is asked to. Raises: HubError above LONGEST_WAIT."""
-    if _requested_wait(response) > LONGEST_WAIT:
-        raise HubError(
-            f"the Hub asks to be left alone for {_requested_wait(response):g} s; run it again then"
-        )
+    wait = _requested_wait(response)
+    if wait > LONGEST_WAIT:
+        raise HubError(f"the Hub asks to be left alone for {wait:g} s; run it again then")
 
 
 def _requested_wait(response: httpx2.Response) -> float:
@@ -382,37 +350,29 @@ def _pause(hub: Hub, what: str, error: BaseException, wait: float) -> None:
 
 def _what_happened(hub: Hub, error: BaseException) -> str:
     """What happened, in a few words, and never with the token."""
+    kind, lines = type(error).__name__, str(error).splitlines()
     if isinstance(error, HfHubHTTPError):
         status, said = error.response.status_code, (error.server_message or "").splitlines()
         words = f"the Hub answered {status}{f' ({said[0][:200]})' if said else ''}"
     elif isinstance(error, httpx2.TransportError):
-        words = (
-            f"no connection ({type(error).__name__}:"
-            f" {(str(error).splitlines() or ['lost'])[0][:200]})"
-        )
+        words = f"no connection ({kind}: {(lines or ['lost'])[0][:200]})"
     elif isinstance(error, HubError):
         words = str(error)
     else:
-        words = (
-            f"an answer that cannot be read ({type(error).__name__}:"
-            f" {(str(error).splitlines() or [''])[0][:200]})"
-        )
+        words = f"an answer that cannot be read ({kind}: {(lines or [''])[0][:200]})"
     return _without_secrets(words, hub.token)
 
 
 def _hub_error(hub: Hub, what: str, error: BaseException, state: str = "") -> HubError:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    hint = {
+    token = f"this token{f' of {hub.user}' if hub.user else ''}"
+    again = "run the same command again: it looks before it sends" if _is_passing(error) else ""
+    hints = {
         401: "the token is wrong or expired; log in again: hf auth login",
-        403: (
-            f"this token{f' of {hub.user}' if hub.user else ''} may not do that; take one that may"
-            " write there"
-        ),
+        403: f"{token} may not do that; take one that may write there",
         404: "is the name right, and may this token see it?",
-    }.get(
-        status or 0,
-        "run the same command again: it looks before it sends" if _is_passing(error) else "",
-    )
+    }
+    hint = hints.get(status or 0, again)
     if isinstance(error, GatedRepoError):
         hint = "it is gated: ask for access on its page"
     return HubError(f"{what}: {_what_happened(hub, error)}{state}{'; ' if hint else ''}{hint}")

@@ -1,5 +1,4 @@
-"""What publishing would send, decided on this machine alone: files by an allow-list, and what
-speaks against it."""
+"""What publishing would send, decided offline: files of an allow-list, and reasons against it."""
 
 import json
 import os
@@ -29,8 +28,7 @@ _VOCABULARIES = {"tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model"
 
 @dataclass(frozen=True)
 class Plan:
-    """The bytes that would be sent, by name; what stays here; and why it cannot be sent, if it
-    cannot."""
+    """The bytes that would be sent, by name; what stays here; and any reason not to send them."""
 
     target: Target
     step: int
@@ -54,22 +52,16 @@ class Plan:
         }
 
     def as_json(self) -> dict[str, Any]:
-        reasons = {"left_out": self.left_out, "blocked": [str(error) for error in self.blocked]}
-        return {
-            **asdict(self.target),
-            "step": self.step,
-            "files": self.sizes,
-            **reasons,
-            "card": self.card,
-        }
+        contents = {"step": self.step, "files": self.sizes, "left_out": self.left_out}
+        reasons = {"blocked": [str(error) for error in self.blocked]}
+        return {**asdict(self.target), **contents, **reasons, "card": self.card}
 
     def lines(self) -> list[str]:
         """For a person: the card as it would stand on the Hub, then what becomes of each file."""
         target = self.target
         branch = f", branch {target.revision}" if target.revision else ""
-        how = ("public" if target.public else "private") + (
-            ", as a pull request" if target.create_pr else ""
-        )
+        how = "public" if target.public else "private"
+        how += ", as a pull request" if target.create_pr else ""
         pinned = target.base_commit or "main, whose commit is looked up before anything is sent"
         hashes = {name: sha256(content) for name, content in self.files.items()}
         if target.base_commit is None:
@@ -101,14 +93,12 @@ def make_plan(evidence: Evidence, target: Target) -> Plan:
         tokenizer = _tokenizer_files(evidence)
     except LoopError as error:
         blocked.append(error)
-    proofs = (
-        {"ledger.jsonl": evidence.ledger, "run.json": evidence.run_json} if target.evidence else {}
-    )
-    files = {**_named_files(evidence, target, bool(tokenizer)), **tokenizer, **proofs}
+    files = {**_named_files(evidence, target, bool(tokenizer)), **tokenizer}
+    if target.evidence:
+        files |= {"ledger.jsonl": evidence.ledger, "run.json": evidence.run_json}
     public = [target.repo_id, target.base, evidence.run["data"]["name"]]
-    wrong_id = any(
-        isinstance(error, HubError) for error in blocked
-    )  # a path in its place is not the card's fault
+    # A path in place of an id is not the card's fault.
+    wrong_id = any(isinstance(error, HubError) for error in blocked)
     for name, content in files.items():
         if not (name.endswith(".safetensors") or (wrong_id and name == "README.md")):
             text = content.decode(errors="replace")
@@ -121,9 +111,8 @@ def pin(plan: Plan, evidence: Evidence, base_commit: str) -> Plan:
     """The plan with the base's commit, once the Hub has said it; no file is read again."""
     target = replace(plan.target, base_commit=base_commit)
     own_tokenizer = any(name in plan.files for name in TOKENIZER_FILES)
-    return replace(
-        plan, target=target, files={**plan.files, **_named_files(evidence, target, own_tokenizer)}
-    )
+    files = {**plan.files, **_named_files(evidence, target, own_tokenizer)}
+    return replace(plan, target=target, files=files)
 
 
 def _named_files(evidence: Evidence, target: Target, own_tokenizer: bool) -> dict[str, bytes]:
@@ -145,46 +134,26 @@ def _wrong_target(evidence: Evidence, target: Target) -> list[LoopError]:
             hint = f"trained on {trained['name']} at {trained['commit']}; leave it out"
             errors.append(ConfigError(f"--base_model: found {target.base}, the run was {hint}"))
     elif target.base == trained["name"]:
-        hint = "name it with --base_model OWNER/BASE"
-        hint += (
-            "; if it is not on the Hub yet: hf upload OWNER/BASE"
-            f" {evidence.config.model_name_or_path}"
-        )
+        upload = f"hf upload OWNER/BASE {evidence.config.model_name_or_path}"
+        hint = f"name it with --base_model OWNER/BASE; if it is not on the Hub yet: {upload}"
         errors.append(ConfigError(f"the base is a local folder ({trained['name']}), {hint}"))
     else:
         errors += _wrong_id("--base_model", target.base)
     if target.is_bloom and target.license not in (None, BLOOM_LICENSE):
-        reason = (
-            f"--license: found {target.license}; {target.base} is under {BLOOM_LICENSE}, which"
-            " binds what is derived"
-        )
-        errors.append(ConfigError(f"{reason} from it; leave it out"))
+        both = f"found {target.license}; {target.base} is under {BLOOM_LICENSE}"
+        hint = "which binds what is derived from it; leave it out"
+        errors.append(ConfigError(f"--license: {both}, {hint}"))
     if not target.is_bloom and target.license is None:
-        errors.append(
-            ConfigError(
-                "no licence is recorded: write --license ID, as the base's card and the data allow"
-            )
-        )
-    if target.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", target.license):
-        errors.append(
-            ConfigError(f"--license: found {target.license!r}, expected an id such as apache-2.0")
-        )
-    if target.revision is not None and (
-        ".." in target.revision or not re.fullmatch(r"\w[\w./-]*", target.revision)
+        hint = "write --license ID, as the base's card and the data allow"
+        errors.append(ConfigError(f"no licence is recorded: {hint}"))
+    for flag, value, pattern, expected in (
+        ("--license", target.license, r"[a-z0-9][a-z0-9.-]*", "an id such as apache-2.0"),
+        ("--revision", target.revision, r"(?!.*\.\.)\w[\w./-]*", "the name of a branch"),
+        ("--tag", target.tag, r"\w[\w.-]*", "letters, digits, dots and dashes"),
+        ("--language", target.language, r"[a-z]{2,3}|code|multilingual", "a code such as en"),
     ):
-        errors.append(
-            ConfigError(f"--revision: found {target.revision!r}, expected the name of a branch")
-        )
-    if target.tag is not None and not re.fullmatch(r"\w[\w.-]*", target.tag):
-        errors.append(
-            ConfigError(f"--tag: found {target.tag!r}, expected letters, digits, dots and dashes")
-        )
-    if target.language is not None and not re.fullmatch(
-        r"[a-z]{2,3}|code|multilingual", target.language
-    ):
-        errors.append(
-            ConfigError(f"--language: found {target.language!r}, expected a code such as en")
-        )
+        if value is not None and not re.fullmatch(pattern, value):
+            errors.append(ConfigError(f"{flag}: found {value!r}, expected {expected}"))
     return errors
 
 
@@ -195,59 +164,40 @@ def _wrong_id(flag: str, name: str) -> list[LoopError]:
             raise HFValidationError("the owner is missing")
         return []
     except HFValidationError as error:
-        return [
-            HubError(
-                f"{flag}: found {name!r:.120}, expected OWNER/NAME:"
-                f" {str(error).splitlines()[0]:.120}"
-            )
-        ]
+        reason = str(error).splitlines()[0]
+        return [HubError(f"{flag}: found {name!r:.120}, expected OWNER/NAME: {reason:.120}")]
 
 
 def _unexpected_entries(folder: Path) -> list[LoopError]:
-    """Links, special files and names that may be taken for another, in the folder that is
-    published."""
-    unexpected = [
-        CheckpointError("adapter/ is a link to another folder; put the folder itself there")
-    ] * folder.is_symlink()
-    for entry in (
-        sorted(os.scandir(folder), key=lambda entry: entry.name) if folder.is_dir() else []
-    ):
-        plain = (
-            entry.is_file(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_nlink == 1
-        )
+    """Links, special files and names that may be taken for another, in the published folder."""
+    reasons = []
+    if folder.is_symlink():
+        reasons.append("adapter/ is a link to another folder; put the folder itself there")
+    entries = list(os.scandir(folder)) if folder.is_dir() else []
+    for entry in sorted(entries, key=lambda entry: entry.name):
+        links = entry.stat(follow_symlinks=False).st_nlink
+        plain = entry.is_file(follow_symlinks=False) and links == 1
         if not plain and not entry.is_dir(follow_symlinks=False):
-            unexpected.append(
-                CheckpointError(f"{entry.name!a} in adapter/: a link or a special file; remove it")
-            )
+            reasons.append(f"{entry.name!a} in adapter/: a link or a special file; remove it")
         elif not entry.name.isascii() or not entry.name.isprintable():
-            unexpected.append(
-                CheckpointError(
-                    f"{entry.name!a} in adapter/: a name that looks like another; remove it"
-                )
-            )
-    return list(unexpected)
+            reasons.append(f"{entry.name!a} in adapter/: a name that looks like another; remove it")
+    return [CheckpointError(reason) for reason in reasons]
 
 
 def _tokenizer_files(evidence: Evidence) -> dict[str, bytes]:
-    """The tokenizer that training used, where it came from a folder: nothing says that the base's
-    id has the same.
+    """The tokenizer that training used, if it came from a folder: the base's id may have another.
 
-    Written anew by the library, so that nothing else of that folder is sent. Raises: LoopError if
-    it is gone."""
+    Written anew by the library, so that nothing else of that folder is sent.
+    Raises: LoopError if it is gone."""
     folder = Path(evidence.config.model_name_or_path)
     if evidence.run["base"]["commit"] is not None:
         return {}
     if not folder.is_dir():
-        raise ConfigError(
-            f"the tokenizer: {folder.name}, the folder that the run read it from, is not there any"
-            " more"
-        )
+        source = f"{folder.name}, the folder that the run read it from"
+        raise ConfigError(f"the tokenizer: {source}, is not there any more")
     try:
         tokenizer = load_tokenizer(evidence.config)
-    except (
-        AttributeError,
-        TypeError,
-    ) as error:  # the library's, of a file that holds JSON of another kind
+    except (AttributeError, TypeError) as error:  # the library's, for JSON of another kind
         raise ConfigError(f"the tokenizer in {folder.name} cannot be read: {error}") from error
     if tokenizer_sha256(tokenizer) != evidence.run["base"]["tokenizer_sha256"]:
         raise ConfigError(
@@ -268,19 +218,12 @@ def _left_out(evidence: Evidence, files: dict[str, bytes]) -> list[str]:
     sent |= {name for name in ("ledger.jsonl", "run.json") if name in files}
     lines = []
     for entry in sorted(evidence.folder.iterdir()):
-        inside = (
-            sorted(entry.iterdir())
-            if entry.name == "adapter" and not entry.is_symlink()
-            else [entry]
-        )
-        for path in inside:
+        is_open = entry.name == "adapter" and not entry.is_symlink()
+        for path in sorted(entry.iterdir()) if is_open else [entry]:
             name = str(path.relative_to(evidence.folder))
             if name not in sent:
-                folder = path.is_dir() and not path.is_symlink()
-                files_in = (
-                    f"/ ({sum(len(names) for _, _, names in os.walk(path))} files)"
-                    if folder
-                    else ""
-                )
-                lines.append(ascii(name)[1:-1] + (" (a link)" if path.is_symlink() else files_in))
+                kind = " (a link)" if path.is_symlink() else ""
+                if path.is_dir() and not path.is_symlink():
+                    kind = f"/ ({sum(len(names) for _, _, names in os.walk(path))} files)"
+                lines.append(ascii(name)[1:-1] + kind)
     return lines

@@ -1,5 +1,4 @@
-"""What a text must not carry away from this machine: tokens, keys, passwords, paths, and its
-names."""
+"""What a text must not carry away from this machine: tokens, keys, passwords, paths, its names."""
 
 import getpass
 import os
@@ -11,8 +10,9 @@ from contextlib import suppress
 _SECRETS = {
     "token of the Hub": r"hf_\w{16,}",
     "API key": (
-        r"\bsk-[\w-]{16,}|\b[rs]k_live_\w{10,}|\bAIza[\w-]{30,}|\bglpat-[\w-]{16,}|\bxox[abeoprs]-[\w-]{10,}"
-        r"|\bnpm_\w{20,}|\bpypi-[\w-]{20,}|\bSG\.[\w-]{10,}\.[\w-]{10,}|(?i:\bbearer )[\w.-]{16,}"
+        r"\bsk-[\w-]{16,}|\b[rs]k_live_\w{10,}|\bAIza[\w-]{30,}|\bglpat-[\w-]{16,}"
+        r"|\bxox[abeoprs]-[\w-]{10,}|\bnpm_\w{20,}|\bpypi-[\w-]{20,}"
+        r"|\bSG\.[\w-]{10,}\.[\w-]{10,}|(?i:\bbearer )[\w.-]{16,}"
     ),
     "key of a cloud": r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAccountKey=[\w+/=]{20,}",
     "token of GitHub": r"\bgh[opsur]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}",
@@ -34,22 +34,12 @@ _PATHS = (
 _LINE_END = re.compile(r"(?<!\\)\\[nrt]")
 """Spelled as JSON, YAML and Python do: what stands behind it begins a word."""
 _ANYBODY = {
-    "root",
-    "user",
-    "admin",
-    "ubuntu",
-    "runner",
-    "nobody",
-    "docker",
-    "jovyan",
-    "localhost",
-    "home",
-    "host",
-}
+    "root", "user", "admin", "ubuntu", "runner", "nobody", "docker", "jovyan",
+    "localhost", "home", "host",
+}  # fmt: skip
 _NAME = "name of a user or machine"
 _QUOTED = re.compile(r'\s*(>|"(adapter|base)": ")')
-"""A line of a sample, in the card or in run.json: there a word that is somebody's name is a word of
-the model's."""
+"""A line of a sample, in the card or in run.json: there somebody's name is the model's word."""
 
 
 def findings(
@@ -61,17 +51,15 @@ def findings(
     of everything that was ever written: there only secrets are looked for, not paths and names."""
     kinds = dict(_SECRETS) if vocabulary else {**_SECRETS, "absolute path": _PATHS}
     if not vocabulary and machine_names():
-        kinds[_NAME] = (
-            rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(machine_names(), reverse=True)))})(?!\w)"
-        )
+        names = "|".join(map(re.escape, sorted(machine_names(), reverse=True)))
+        kinds[_NAME] = rf"(?<!\w)(?:{names})(?!\w)"
     text = _LINE_END.sub(r"\g<0> ", text)
     words = "|".join(re.escape(word) for word in sorted(public, key=len, reverse=True) if word)
     rest = re.sub(rf"(?<![\w-])(?:{words})(?![\w-])", " ", text) if words else text
     lines, hits = text.split("\n"), []
     for kind, pattern in kinds.items():
-        searched = (
-            rest if kind == _NAME else text
-        )  # a secret, or a path, is one whatever public word is in it
+        # A secret, or a path, is one whatever public word is in it.
+        searched = rest if kind == _NAME else text
         for match in re.finditer(pattern, searched):
             number = searched.count("\n", 0, match.start()) + 1
             if kind != _NAME or not _QUOTED.match(lines[number - 1]):
@@ -88,8 +76,6 @@ def machine_names() -> set[str]:
     """The user's and the machine's names, where they are not everybody's."""
     home = os.path.expanduser("~")  # where Path.home() raises, this is a ~
     names = {os.path.basename(home), socket.gethostname(), socket.gethostname().partition(".")[0]}
-    with suppress(
-        KeyError, OSError
-    ):  # no entry for this number in the list of users, as in some containers
+    with suppress(KeyError, OSError):  # no such user is listed, as in some containers
         names.add(getpass.getuser())
     return {name for name in names if len(name) > 2 and name.lower() not in _ANYBODY}

@@ -1,5 +1,4 @@
-"""Plan, one commit, and everything downloaded again and compared before it says that it is
-there."""
+"""Plan, one commit, then everything downloaded again and compared before it is called there."""
 
 import json
 import signal
@@ -56,57 +55,43 @@ def publish(plan: Plan, evidence: Evidence, verify_logits: bool) -> dict[str, An
         plan = with_card_on_hub(hub, pin(plan, evidence, base_commit), remote, downloads)
         check_card(hub, plan.files["README.md"].decode())
         say_what_changes(plan, target, remote)
-        base = (
-            load_base_on_hub(plan, evidence) if verify_logits else None
-        )  # before anything is sent
+        base = load_base_on_hub(plan, evidence) if verify_logits else None  # before it is sent
         sent = send(hub, plan, remote)
         adapter = verify(hub, plan, sent, downloads)
         if base is not None:
             check_logits(base, adapter, evidence)
     if target.tag is not None:
         tag_commit(hub, target.repo_id, target.tag, sent.commit)
-    where = {
-        "repo_id": target.repo_id,
-        "url": f"{hub.api.endpoint}/{target.repo_id}",
-        **asdict(sent),
-    }
+    url = f"{hub.api.endpoint}/{target.repo_id}"
+    where = {"repo_id": target.repo_id, "url": url, **asdict(sent)}
     where |= {"public": target.public, "revision": target.revision, "tag": target.tag}
-    about = {
-        "base_model": target.base,
-        "base_commit": base_commit,
-        "step": plan.step,
-        "files": plan.sizes,
-    }
-    return {**where, **about, "published": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    about = {"base_model": target.base, "base_commit": base_commit, "step": plan.step}
+    published = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {**where, **about, "files": plan.sizes, "published": published}
 
 
 def check_base(hub: Hub, evidence: Evidence, target: Target, folder: Path) -> str:
-    """The commit of the base on the Hub, whose config.json has to be the one that was trained on.
+    """The commit of the base on the Hub, if its config.json is the one that was trained on.
+
     Raises: HubError."""
     remote = look(hub, target.base, target.base_commit)
     if remote is None or remote.head is None:
-        raise HubError(
-            f"the base {target.base} at {target.base_commit or 'main'}: not on the Hub, or not for"
-            " this token"
-        )
+        base = f"the base {target.base} at {target.base_commit or 'main'}"
+        raise HubError(f"{base}: not on the Hub, or not for this token")
     path = fetch(hub, target.base, "config.json", remote.head, folder)
     try:
-        actual = sha256(
-            canonical_json(without_volatile(json.loads(path.read_bytes() if path else b"{}")))
-        )
+        values = json.loads(path.read_bytes() if path else b"{}")
+        actual = sha256(canonical_json(without_volatile(values)))
     except (ValueError, TypeError, AttributeError, RecursionError):
         actual = "no config"
     if actual != evidence.run["identity"]["base_config_sha256"]:
-        raise HubError(
-            f"the base {target.base} at {remote.head}: its config.json is not that of the base"
-            " trained on"
-        )
+        reason = "its config.json is not that of the base trained on"
+        raise HubError(f"the base {target.base} at {remote.head}: {reason}")
     return remote.head
 
 
 def check_remote(hub: Hub, target: Target, remote: Remote | None) -> None:
-    """Raises: HubError where the repository is not as the flags say. Nothing has been written to
-    it."""
+    """Raises: HubError where the repository is not as the flags say; nothing is written to it."""
     if remote is None:
         if target.create_pr or target.revision:
             raise HubError(
@@ -138,10 +123,8 @@ def say_what_changes(plan: Plan, target: Target, remote: Remote | None) -> None:
     if remote is None:
         lines.append(f"Hub       no {target.repo_id} yet: it is made now")
     elif remote.head is None:
-        lines.append(
-            f"Hub       {target.repo_id} has no branch {target.revision} yet: it is made now, from"
-            " main"
-        )
+        state = f"{target.repo_id} has no branch {target.revision} yet"
+        lines.append(f"Hub       {state}: it is made now, from main")
     else:
         others = sorted(remote.oids.keys() - plan.files.keys())
         left = f"; left as they are: {', '.join(others)}" if others else ""
@@ -149,20 +132,17 @@ def say_what_changes(plan: Plan, target: Target, remote: Remote | None) -> None:
     if target.base_commit is None:
         lines.append(f"base      {target.base} at {plan.target.base_commit}")
     if remote is None or not remote.holds(plan.files):
-        changed = (
-            ("adapter_config.json", "README.md") if target.base_commit is None else ("README.md",)
-        )
-        for name in changed:
-            lines.append(
-                f"send      {name}: {len(plan.files[name]):,} bytes, sha256"
-                f" {sha256(plan.files[name])}"
-            )
+        pinned = ["adapter_config.json"] if target.base_commit is None else []
+        for name in [*pinned, "README.md"]:
+            content = plan.files[name]
+            lines.append(f"send      {name}: {len(content):,} bytes, sha256 {sha256(content)}")
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def send(hub: Hub, plan: Plan, remote: Remote | None) -> Sent:
-    """The commit that holds the plan's files: one that is there already, or a new one. Raises:
-    HubError."""
+    """The commit that holds the plan's files: one that is there already, or a new one.
+
+    Raises: HubError."""
     target = plan.target
     if remote is None:
         create(hub, target.repo_id, target.public)
@@ -179,20 +159,13 @@ def send(hub: Hub, plan: Plan, remote: Remote | None) -> Sent:
     there = Sent(remote.head) if remote.holds(plan.files) else None
     if there is None and target.create_pr:
         there = open_pull_request(hub, target.repo_id, plan.files)
-    if target.tag is not None and tagged(hub, target.repo_id, target.tag) not in (
-        None,
-        there and there.commit,
-    ):
-        raise HubError(
-            f"--tag: {target.tag} is another commit already; choose another name; nothing was"
-            " committed"
-        )
+    named = tagged(hub, target.repo_id, target.tag) if target.tag is not None else None
+    if named not in (None, there and there.commit):
+        reason = f"{target.tag} is another commit already; choose another name"
+        raise HubError(f"--tag: {reason}; nothing was committed")
     if there is not None:
-        print(
-            f"Hub       all of it is there already, at {there.commit}: nothing was sent",
-            file=sys.stderr,
-            flush=True,
-        )
+        state = f"all of it is there already, at {there.commit}"
+        print(f"Hub       {state}: nothing was sent", file=sys.stderr, flush=True)
         return there
     message = f"LoRA adapter after {plan.step} steps"
     return commit(
@@ -201,8 +174,9 @@ def send(hub: Hub, plan: Plan, remote: Remote | None) -> Sent:
 
 
 def verify(hub: Hub, plan: Plan, sent: Sent, folder: Path) -> Path:
-    """Download everything at the commit and compare it; the folder where it lies. Raises:
-    HubError."""
+    """Download everything at the commit and compare it; returns the folder that holds it.
+
+    Raises: HubError."""
     target, here = plan.target, f"{plan.target.repo_id} at {sent.commit}"
     there = folder
     for name, content in plan.files.items():
@@ -211,10 +185,8 @@ def verify(hub: Hub, plan: Plan, sent: Sent, folder: Path) -> Path:
         there = path.parent if path else there
         if downloaded != content:
             served = "no such file" if downloaded is None else f"sha256 {sha256(downloaded)}"
-            raise HubError(
-                f"{here}: {name} is served as {served}, expected {sha256(content)}; do not use this"
-                " commit"
-            )
+            both = f"{name} is served as {served}, expected {sha256(content)}"
+            raise HubError(f"{here}: {both}; do not use this commit")
     config = with_retries(
         hub,
         f"load {target.repo_id}",
@@ -225,25 +197,19 @@ def verify(hub: Hub, plan: Plan, sent: Sent, folder: Path) -> Path:
     if (config.base_model_name_or_path, config.revision) != (target.base, target.base_commit):
         raise HubError(f"{here}: PEFT reads the base {config.base_model_name_or_path} from it")
     now = look(hub, target.repo_id, target.revision)
-    if (
-        now is None
-        or now.private == target.public
-        or not (sent.pull_request or now.holds(plan.files))
-    ):
-        raise HubError(
-            f"{here}: the repository was changed while it was verified; look at its page"
-        )
+    held = now is not None and (sent.pull_request or now.holds(plan.files))
+    if now is None or now.private == target.public or not held:
+        reason = "the repository was changed while it was verified"
+        raise HubError(f"{here}: {reason}; look at its page")
     return there
 
 
 def load_base_on_hub(plan: Plan, evidence: Evidence) -> PreTrainedModel:
-    """The base by its Hub id, as the run loaded its own; without a token, as whoever reads the card
-    would.
+    """The base by its Hub id, as the run loaded its own; without a token, like a card's reader.
 
     Raises: HubError."""
-    config = replace(
-        evidence.config, model_name_or_path=plan.target.base, model_revision=plan.target.base_commit
-    )
+    name, revision = plan.target.base, plan.target.base_commit
+    config = replace(evidence.config, model_name_or_path=name, model_revision=revision)
     return load_for_inference(config)
 
 
@@ -256,21 +222,15 @@ def check_logits(base_on_hub: PreTrainedModel, adapter_on_hub: Path, evidence: E
         here = logits(causal_lm_of(load_adapter(load_for_inference(evidence.config), Path(name))))
     if not torch.equal(here, there):
         largest = f"{(here - there).abs().max():.3g}"
-        raise HubError(
-            f"logits from the Hub differ from the run's by up to {largest}: it is another base; do"
-            " not use it"
-        )
-    print(
-        "logits    base and adapter from the Hub give the same as here, bit for bit",
-        file=sys.stderr,
-        flush=True,
-    )
+        reason = f"logits from the Hub differ from the run's by up to {largest}"
+        raise HubError(f"{reason}: it is another base; do not use it")
+    same = "base and adapter from the Hub give the same as here, bit for bit"
+    print(f"logits    {same}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def interruptions(repo_id: str) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP end a publication with a word about what may be on the Hub, and
-    leave no downloads."""
+    """Signals end a publication with a word on what may be on the Hub, and leave no downloads."""
 
     def stop(number: int, _frame: object) -> NoReturn:
         state = f"{repo_id} may hold the commit, unverified"
@@ -278,10 +238,8 @@ def interruptions(repo_id: str) -> Iterator[None]:
             number, f"interrupted: {state}; run the same command again: it looks before it sends"
         )
 
-    before = {
-        number: signal.signal(number, stop)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:

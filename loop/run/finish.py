@@ -1,5 +1,4 @@
-"""How a run ends: the base proven untouched, the finished adapter put in place, and what came out
-of it."""
+"""How a run ends: the base proven untouched, the finished adapter written, and what came of it."""
 
 import signal
 from dataclasses import asdict, dataclass
@@ -29,27 +28,22 @@ class Result:
 def finish(run: Run) -> Result:
     """End a run of which every step is done. Done a second time it changes no byte.
 
-    Raises: LoopError if a byte of the base has moved; CheckpointError if the last checkpoint does
-    not verify."""
+    Raises: LoopError if the base has moved; CheckpointError if no last checkpoint verifies."""
     if base_checksum(run.model) != run.identity["base_checksum"]:
         raise LoopError("the frozen base changed during training; do not use this adapter")
     checkpoint, result = _read_result(run, run.num_steps)
     if run.accelerator.is_main_process:
         adapter, files = run.folder / "adapter", checkpoint.adapter_files()
-        present = (
-            adapter.is_dir()
-            and {path.name: path.read_bytes() for path in adapter.iterdir()} == files
-        )
+        entries = adapter.iterdir() if adapter.is_dir() else ()
+        present = {path.name: path.read_bytes() for path in entries} == files
         if not present:
             commit_folder(adapter, files)
-        if present and read_run_json(run.folder / "run.json").get("result") == asdict(result):
+        run_json = run.folder / "run.json"
+        if present and read_run_json(run_json).get("result") == asdict(result):
             print("This run is finished: nothing was changed.")
         else:
             keep_sample(run, "adapter")
-            write_run_json(
-                run.folder / "run.json",
-                {**read_run_json(run.folder / "run.json"), "result": asdict(result)},
-            )
+            write_run_json(run_json, {**read_run_json(run_json), "result": asdict(result)})
         print("\n".join(_summary(run, result)), flush=True)
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
@@ -62,11 +56,8 @@ def stop(run: Run, step: int, number: int) -> Result:
     run.accelerator.end_training()
     if number:
         name = signal.Signals(number).name
-        raise Stopped(
-            number,
-            f"{name}: saved after step {step} of {run.num_steps}; the same command goes on from"
-            " there",
-        )
+        state = f"saved after step {step} of {run.num_steps}"
+        raise Stopped(number, f"{name}: {state}; the same command goes on from there")
     run.accelerator.print(
         f"Stopped after step {step} of {run.num_steps}: without stop_after_steps the run goes on."
     )
@@ -78,10 +69,8 @@ def keep_sample(run: Run, of: str) -> None:
     if run.accelerator.is_main_process and run.config.sample_prompt is not None:
         manifest = read_run_json(run.folder / "run.json")
         text = sample(run.accelerator, run.model, run.tokenizer, run.config.sample_prompt)
-        write_run_json(
-            run.folder / "run.json",
-            {**manifest, "samples": {**manifest.get("samples", {}), of: text}},
-        )
+        samples = {**manifest.get("samples", {}), of: text}
+        write_run_json(run.folder / "run.json", {**manifest, "samples": samples})
 
 
 def _read_result(run: Run, step: int) -> tuple[Checkpoint, Result]:
@@ -104,17 +93,13 @@ def _summary(run: Run, result: Result) -> list[str]:
     samples = read_run_json(run.folder / "run.json").get("samples", {})
     texts = {of: " ".join(samples[of].split()) for of in ("base", "adapter") if of in samples}
     lines += [f"{of:8} sample, an impression and no measure: {text}" for of, text in texts.items()]
+    checksum = run.identity["base_checksum"][:12]
+    weights = run.folder / "adapter" / "adapter_model.safetensors"
     return [
         *lines,
-        (
-            f"base     checksum {run.identity['base_checksum'][:12]} before and after: not one byte"
-            " has changed"
-        ),
+        f"base     checksum {checksum} before and after: not one byte has changed",
         f"ledger   {run.folder / 'ledger.jsonl'}, head {result.ledger_head}",
-        (
-            f"adapter  {run.folder / 'adapter' / 'adapter_model.safetensors'}, sha256"
-            f" {result.adapter_sha256}"
-        ),
+        f"adapter  {weights}, sha256 {result.adapter_sha256}",
         f'next     python -m loop.generate {run.folder} --prompt "..."',
         f"publish  python -m loop.publish {run.folder} --repo_id OWNER/NAME --dry_run",
     ]

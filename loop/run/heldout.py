@@ -16,11 +16,10 @@ from loop.model.loss import SummedLoss
 def heldout_loss(
     accelerator: Accelerator, loss: SummedLoss, examples: Examples, steps: Steps
 ) -> float:
-    """Nats per target token over all held-out rows and processes, cut like training steps; dropout
-    off, mode put back.
+    """Nats per target token over all held-out rows and processes, cut like training steps.
 
-    Each micro-batch's sum is float32, their sum float64. One collective.
-    Raises: NonFiniteError, on every process alike."""
+    Dropout is off, and the mode is put back. Each micro-batch's sum is float32, their sum float64.
+    One collective. Raises: NonFiniteError, on every process alike."""
     pieces = cut(
         examples.lengths, steps.micro_batch_tokens, accelerator.num_processes, steps.padding_free
     )

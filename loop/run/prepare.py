@@ -35,8 +35,7 @@ from loop.update.optim import adamw, warmup
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a step needs. Equal on every process but for the process's share of
-    `steps`."""
+    """Everything that a step needs; equal on every process but for its share of `steps`."""
 
     config: Config
     requested: Config
@@ -52,13 +51,12 @@ class Run:
     steps: Steps
     identity: dict[str, Any]
     """What may not change in a resume; its sha256 is the ledger's first `prev`."""
-    frozen: dict[
-        str, tuple[torch.Size, torch.dtype]
-    ]  # shape and dtype of every tensor that may not change
+    frozen: dict[str, tuple[torch.Size, torch.dtype]]  # of every tensor that may not change
     packing: str  # how rows are laid out, in words
     environment: dict[str, Any]
-    """What may, and then is not bit-exact: versions, processes, threads, device, the cut. As they
-    were at the start."""
+    """What may, and then is not bit-exact: versions, processes, threads, device, the cut.
+
+    As they were at the start."""
 
     @property
     def folder(self) -> Path:
@@ -74,8 +72,7 @@ class Run:
 
 
 def prepare_run(config: Config, accelerator: Accelerator) -> Run:
-    """Load everything and compare the processes. The run directory is only probed, and swept of
-    leftovers.
+    """Load everything and compare the processes; the run's folder is only probed and swept.
 
     Raises: any LoopError."""
     if accelerator.is_main_process:
@@ -99,6 +96,7 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
     identity |= {"own_logits": loss.own_logits, "padding_free": loss.padding_free}
     announced = {**environment(accelerator), **config.knobs("announced")}
     _compare_starts(accelerator, config, identity, announced, parameters)
+    fp16 = accelerator.mixed_precision == "fp16"
     run = Run(
         config=config,
         requested=requested,
@@ -107,9 +105,7 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
         data=data,
         model=model,
         loss=loss,
-        loss_scale=(
-            LossScale(True, START) if accelerator.mixed_precision == "fp16" else LossScale(False)
-        ),
+        loss_scale=LossScale(True, START) if fp16 else LossScale(False),
         parameters=parameters,
         optimizer=adamw(parameters.values(), config),
         steps=_steps(config, data, loss.padding_free, accelerator),
@@ -126,8 +122,7 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
 
 
 def _with_dtype_and_commit(config: Config, accelerator: Accelerator) -> Config:
-    """The config with the base's dtype and its commit on the Hub, so that all files are of one
-    state and named."""
+    """The config with the base's dtype and its commit on the Hub: all files are of one state."""
     precision = accelerator.mixed_precision
     config = replace(config, dtype=config.dtype or base_dtype(accelerator.device, precision))
     if precision != "fp16" and config.dtype == "float16":
@@ -159,14 +154,14 @@ def _compare_starts(
     announced: dict[str, Any],
     parameters: dict[str, nn.Parameter],
 ) -> None:
-    """All that has to be the same on every process before step 0. Raises: LoopError, on every
-    process alike."""
+    """All that has to be the same on every process before step 0.
+
+    Raises: LoopError, on every process alike."""
     knobs = {**config.knobs("announced", "free"), "output_dir": None}
     facts = {"identity": identity, "knobs": knobs, "device": announced["device"]}
     facts["versions"] = [announced["versions"], announced["source_sha256"]]
-    compare_processes(
-        accelerator, {**facts, "adapter at the start": sha256(serialize(dict(parameters)))}
-    )
+    facts["adapter at the start"] = sha256(serialize(dict(parameters)))
+    compare_processes(accelerator, facts)
 
 
 def _prepare_loss(
@@ -175,10 +170,9 @@ def _prepare_loss(
     """The one prepared module, and in words how rows are laid out for it.
 
     Real rows, before any training, show whether head(hidden) is this model's logits, and whether
-    rows end to end leave its hidden states as they are."""
+    packed rows leave its hidden states as they are."""
     causal_lm, device = causal_lm_of(model), accelerator.device
-    # evaluation_mode: device and autocast, no DDP, whose buckets would make a resume on 3 processes
-    # inexact.
+    # evaluation_mode: no DDP, whose buckets would make a resume on 3 processes inexact.
     loss: SummedLoss = accelerator.prepare_model(SummedLoss(model, causal_lm), evaluation_mode=True)
     exact = accelerator.mixed_precision == "no" and next(loss.parameters()).dtype.itemsize >= 4
     shortest = data.train.read(np.array([data.train.lengths.argmin()]))
@@ -199,39 +193,24 @@ def _prepare_loss(
         difference = check_padding_free(causal_lm, padded, free, tolerance)
     loss.padding_free = difference < tolerance
     if loss.padding_free:
-        return (
-            loss.train(),
-            (
-                f"rows end to end, no padding; hidden states within {difference:.0e} of its own"
-                " forward"
-            ),
-        )
+        agreement = f"hidden states within {difference:.0e} of its own forward"
+        return loss.train(), f"rows end to end, no padding; {agreement}"
+    reason = f"without padding its hidden states are {difference:.0e} off its own forward"
     if difference == math.inf:
-        return (
-            loss.train(),
-            "padded rows: there is no other layout for this model and rows of this length",
-        )
-    return (
-        loss.train(),
-        f"padded rows: without padding its hidden states are {difference:.0e} off its own forward",
-    )
+        reason = "there is no other layout for this model and rows of this length"
+    return loss.train(), f"padded rows: {reason}"
 
 
 def _check_rows_fit(data: Data, model: PeftModel) -> None:
-    """Raises: DataError for a token that the model has no embedding for, ConfigError for a row that
-    is too long."""
+    """Raises: DataError for a token without an embedding, ConfigError for a row too long."""
     embeddings = model.get_input_embeddings().num_embeddings
     if data.largest_token_id >= embeddings:
-        raise DataError(
-            f"token id {data.largest_token_id}: the model has {embeddings} embeddings; another"
-            " tokenizer?"
-        )
+        reason = f"the model has {embeddings} embeddings; another tokenizer?"
+        raise DataError(f"token id {data.largest_token_id}: {reason}")
     context = getattr(causal_lm_of(model).config, "max_position_embeddings", None)
     if context is not None and data.longest > context:
-        raise ConfigError(
-            f"max_length: a row has {data.longest} tokens, the model takes {context}; lower"
-            " max_length"
-        )
+        reason = f"a row has {data.longest} tokens, the model takes {context}"
+        raise ConfigError(f"max_length: {reason}; lower max_length")
 
 
 def run_facts(run: Run) -> dict[str, Any]:
@@ -250,15 +229,14 @@ def run_facts(run: Run) -> dict[str, Any]:
 
 
 def unpinned(requested: Config, used: Config) -> list[str]:
-    """A notice for a base or dataset of the Hub that was asked for by a name which may mean another
-    commit tomorrow."""
+    """A notice for a base or dataset of the Hub whose revision may be another commit tomorrow."""
     revisions = [
         (knob, getattr(requested, knob), getattr(used, knob))
         for knob in ("model_revision", "dataset_revision")
     ]
     return [
-        f"not pinned: {knob} {name or 'main'} is commit {commit} today; write {knob}: {commit} to"
-        " repeat this run"
+        f"not pinned: {knob} {name or 'main'} is commit {commit} today;"
+        f" write {knob}: {commit} to repeat this run"
         for knob, name, commit in revisions
         if name != commit
     ]
@@ -266,12 +244,8 @@ def unpinned(requested: Config, used: Config) -> list[str]:
 
 def describe(run: Run) -> list[str]:
     """The run in four lines, for a person."""
-    config, counts, trained, accelerator = (
-        run.config,
-        run.data.counts,
-        census(run.model),
-        run.accelerator,
-    )
+    config, counts, accelerator = run.config, run.data.counts, run.accelerator
+    trained = census(run.model)
     dropped = counts["dropped_without_target"] + counts["dropped_too_long"]
     numbers = f"{trained['trained_parameters']:,} of {trained['all_parameters']:,} parameters"
     share = trained["trained_parameters"] / trained["all_parameters"]
@@ -280,30 +254,27 @@ def describe(run: Run) -> list[str]:
         f"{dropped:,} dropped, {counts['truncated']:,} truncated,"
         f" {counts['duplicate_train_rows']:,} duplicates"
     )
-    rows = (
-        f"{len(run.data.train):,} rows with {counts['train_target_tokens']:,} target tokens to"
-        " train on"
-    )
+    tokens = f"{counts['train_target_tokens']:,} target tokens"
+    rows = f"{len(run.data.train):,} rows with {tokens} to train on"
     if counts["heldout_rows_also_in_train"]:
         fate += f", {counts['heldout_rows_also_in_train']:,} held-out rows also in train"
+    modules = ", ".join(trained["target_modules"])
     return [
         (
             f"data   {_public_name(config.dataset_name)} as {' -> '.join(run.data.templates)!r}:"
             f" {rows}, {len(run.data.heldout):,} held out, {fate}"
         ),
         (
-            f"model  {_public_name(config.model_name_or_path)}: frozen in"
-            f" {', '.join(trained['base_dtypes'])}, checksum {run.identity['base_checksum'][:12]};"
-            f" {run.packing}"
+            f"model  {_public_name(config.model_name_or_path)}:"
+            f" frozen in {', '.join(trained['base_dtypes'])},"
+            f" checksum {run.identity['base_checksum'][:12]}; {run.packing}"
         ),
-        (
-            f"LoRA   r={config.lora_r} on {', '.join(trained['target_modules'])}: trains {numbers}"
-            f" ({share:.3%})"
-        ),
+        f"LoRA   r={config.lora_r} on {modules}: trains {numbers} ({share:.3%})",
         (
             f"steps  {run.num_steps:,} of {config.global_batch_size} rows, {epochs:.2f} epochs;"
-            f" {accelerator.device.type}, {accelerator.num_processes} x {torch.get_num_threads()}"
-            f" threads, precision {accelerator.mixed_precision}"
+            f" {accelerator.device.type},"
+            f" {accelerator.num_processes} x {torch.get_num_threads()} threads,"
+            f" precision {accelerator.mixed_precision}"
         ),
     ]
 
@@ -311,8 +282,7 @@ def describe(run: Run) -> list[str]:
 def _identity(
     config: Config, accelerator: Accelerator, data: Data, model: PeftModel
 ) -> dict[str, Any]:
-    """Names of files and models are left out: what they hold is in, so a moved folder is still the
-    same run."""
+    """What files and models hold, not their names: a moved folder is still the same run."""
     trained = census(model)
     return {
         **config.knobs("identity"),
@@ -329,19 +299,15 @@ def _identity(
 def compare_processes(accelerator: Accelerator, facts: dict[str, Any]) -> None:
     """One gather: do all processes agree on these? Raises: LoopError, on every process alike."""
     digests = [list(bytes.fromhex(sha256(canonical_json(fact)))) for fact in facts.values()]
-    gathered = accelerator.gather(
-        torch.tensor([digests], device=accelerator.device)
-    )  # (processes, facts, 32 bytes)
+    own = torch.tensor([digests], device=accelerator.device)
+    gathered = accelerator.gather(own)  # (processes, facts, 32 bytes)
     for process, digests in enumerate(gathered):
         for name, mine, first in zip(facts, digests, gathered[0]):
             if not torch.equal(mine, first):
-                raise LoopError(
-                    f"process {process} differs from process 0 in its {name}; all must have the"
-                    " same"
-                )
+                difference = f"process {process} differs from process 0 in its {name}"
+                raise LoopError(f"{difference}; all must have the same")
 
 
 def _public_name(name: str) -> str:
-    """A folder or file by its last part only: the folders of one machine are nobody's
-    provenance."""
+    """A folder or file by its last part only: one machine's folders are nobody's provenance."""
     return Path(name).name if Path(name).exists() else name

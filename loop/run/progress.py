@@ -26,22 +26,16 @@ class Record:
         num_steps: int,
         logging_steps: int,
     ) -> None:
-        """Cut ledger and metrics back to `first_step`; a line of metrics that a kill has torn goes
-        too."""
+        """Cut ledger and metrics back to `first_step`; a metrics line torn by a kill goes too."""
         self.ledger = Ledger(folder / "ledger.jsonl", start)
         path = folder / "metrics.jsonl"
-        lines = (
-            path.read_text(encoding="utf-8", errors="replace").splitlines()
-            if path.is_file()
-            else []
-        )
-        kept = [line + "\n" for line in lines if 0 <= _step_of(line) < first_step]
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        kept = [line + "\n" for line in text.splitlines() if 0 <= _step_of(line) < first_step]
         replace_file(path, "".join(kept).encode())
         self._metrics = path.open("a", encoding="utf-8")
         self._logging_steps = 0 if sys.stderr.isatty() else logging_steps
-        console = (
-            io.StringIO() if self._logging_steps else sys.stderr
-        )  # without a terminal, lines instead of a bar
+        # Without a terminal, lines instead of a bar.
+        console = io.StringIO() if self._logging_steps else sys.stderr
         self._bar = tqdm(
             total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, file=console
         )
@@ -76,15 +70,13 @@ class Record:
         self.ledger.append(
             {"step": updates, "eval_loss": eval_loss, "eval_target_tokens": target_tokens}
         )
-        measured = (
-            f"loss {eval_loss:.4f} nats a target token, perplexity {perplexity(eval_loss):,.1f}"
-        )
+        loss = f"loss {eval_loss:.4f} nats a target token"
+        measured = f"{loss}, perplexity {perplexity(eval_loss):,.1f}"
         tqdm.write(f"held out after {updates} steps: {measured} ({target_tokens:,} targets)")
         self.pause()
 
     def pause(self) -> None:
-        """Leave what was done since the last step (an evaluation, a checkpoint) out of the next
-        step's seconds."""
+        """Leave what followed the last step (an evaluation, a save) out of the next's seconds."""
         self._last = time.monotonic()
 
     def close(self) -> None:

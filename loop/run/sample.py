@@ -13,17 +13,17 @@ NO_REPEAT = 3
 def sample(
     accelerator: Accelerator, model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: str
 ) -> str:
-    """The greedy continuation of `prompt`, at most SAMPLE_TOKENS tokens. Uses no random numbers;
-    keeps the mode."""
+    """The greedy continuation of `prompt`, at most SAMPLE_TOKENS tokens.
+
+    Uses no random numbers; keeps the mode."""
     inputs = tokenizer(prompt, return_tensors="pt").to(accelerator.device)
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     greedy = GenerationConfig(
         max_new_tokens=SAMPLE_TOKENS,
         do_sample=False,
         no_repeat_ngram_size=NO_REPEAT,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=(
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        ),
+        eos_token_id=eos,
+        pad_token_id=eos if pad is None else pad,
     )
     was_training = model.training
     model.eval()
@@ -34,6 +34,5 @@ def sample(
             generation_config=greedy,
         )
     model.train(was_training)
-    return str(
-        tokenizer.decode(tokens[0], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    )
+    text = tokenizer.decode(tokens[0], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(text)

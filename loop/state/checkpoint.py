@@ -1,5 +1,4 @@
-"""A checkpoint: the step, the adapter and the optimizer's moments, with a manifest that proves
-them."""
+"""A checkpoint: step, adapter and the optimizer's moments, with a manifest that proves them."""
 
 import re
 from dataclasses import asdict, dataclass, field
@@ -31,8 +30,7 @@ _NAME = re.compile(r"step-(\d{6,12})")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state after `step` updates. What is not in it is a function of the identity and the
-    step."""
+    """The state after `step` updates; all else is a function of the identity and the step."""
 
     step: int
     identity: dict[str, Any]
@@ -50,12 +48,10 @@ class Checkpoint:
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write `folder/step-NNNNNN`: its files, then the manifest, each flushed to disk, then one
-    rename.
+    """Write `folder/step-NNNNNN`: its files, then the manifest, each flushed; then one rename.
 
-    Killed at any moment it leaves either nothing or the whole checkpoint, and the older ones
-    untouched. Raises: NonFiniteError before anything is written; EnvironmentFault with nothing left
-    behind."""
+    Killed at any moment it leaves nothing or the whole checkpoint, and the older ones untouched.
+    Raises: NonFiniteError before anything is written; EnvironmentFault with nothing left behind."""
     for name, tensor in [*checkpoint.adapter.items(), *checkpoint.optimizer.items()]:
         if not torch.isfinite(tensor).all():
             raise NonFiniteError(
@@ -76,17 +72,15 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         "ledger": asdict(checkpoint.ledger),
         "step": checkpoint.step,
     }
-    files["manifest.json"] = canonical_json(
-        {**manifest, "manifest_sha256": sha256(canonical_json(manifest))}
-    )
+    manifest["manifest_sha256"] = sha256(canonical_json(manifest))
+    files["manifest.json"] = canonical_json(manifest)
     path = folder / f"step-{checkpoint.step:06d}"
     commit_folder(path, files)
     return path
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify; nothing is believed that the manifest does not prove, and nothing is
-    executed.
+    """Read and verify: only what the manifest proves is believed, and nothing is executed.
 
     Raises: CheckpointError that names the file. The caller's model has not been touched."""
     if path.is_symlink() or not path.is_dir():
@@ -106,15 +100,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path / 'state.json'}: belongs to another checkpoint than the manifest"
         )
+    weights, moments = "adapter_model.safetensors", "optimizer.safetensors"
     return Checkpoint(
         step=state["step"],
         identity=state["identity"],
         ledger=LedgerPosition(**manifest["ledger"]),
         adapter_config=contents["adapter_config.json"],
-        adapter=_deserialize(
-            contents["adapter_model.safetensors"], path / "adapter_model.safetensors"
-        ),
-        optimizer=_deserialize(contents["optimizer.safetensors"], path / "optimizer.safetensors"),
+        adapter=_deserialize(contents[weights], path / weights),
+        optimizer=_deserialize(contents[moments], path / moments),
         environment=state["environment"],
     )
 
@@ -166,11 +159,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         counts = [manifest["step"], manifest["ledger"]["lines"], manifest["ledger"]["bytes"]]
         counts += [file["bytes"] for file in manifest["files"].values()]
         whole = all(type(count) is int and count >= 0 for count in counts)
-        whole &= sorted(manifest["files"]) == sorted(FILES) and sorted(manifest["ledger"]) == [
-            "bytes",
-            "head",
-            "lines",
-        ]
+        whole &= sorted(manifest["files"]) == sorted(FILES)
+        whole &= sorted(manifest["ledger"]) == ["bytes", "head", "lines"]
         whole &= all(sorted(file) == ["bytes", "sha256"] for file in manifest["files"].values())
         whole &= all(type(file["sha256"]) is str for file in manifest["files"].values())
         whole &= path.name == f"step-{manifest['step']:06d}"

@@ -26,16 +26,16 @@ def sha256(content: bytes) -> str:
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one JSON spelling of a value: sorted keys, no spaces, UTF-8, no NaN. Equal values are
-    equal bytes."""
+    """The one JSON spelling of a value: sorted keys, no spaces, UTF-8, no NaN.
+
+    Equal values are equal bytes."""
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     ).encode()
 
 
 def read_canonical_json(content: bytes, name: Path) -> dict[str, Any]:
-    """Raises: CheckpointError unless `content` is an object, exactly as `canonical_json` writes
-    it."""
+    """Raises: CheckpointError unless it is an object, exactly as `canonical_json` writes it."""
     try:
         value = json.loads(content)
         if isinstance(value, dict) and canonical_json(value) == content:
@@ -46,8 +46,7 @@ def read_canonical_json(content: bytes, name: Path) -> dict[str, Any]:
 
 
 def read_regular_file(path: Path, limit: int) -> bytes:
-    """A plain file of at most `limit` bytes; links, pipes and devices are refused without blocking
-    on them.
+    """A plain file of at most `limit` bytes; a link, pipe or device is refused and never blocks.
 
     Raises: CheckpointError."""
     try:
@@ -84,8 +83,9 @@ def sync_folder(path: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Put `content` at `path` in one move: a reader sees the old file or the new one. Equal bytes
-    are left alone."""
+    """Put `content` at `path` in one move: a reader sees the old file or the new one.
+
+    Equal bytes are left alone."""
     if path.is_file() and path.read_bytes() == content:
         return
     temporary = path.with_name(f".tmp-{path.name}")
@@ -96,11 +96,9 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def commit_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Make `folder` appear whole, with exactly these files, or not at all; the last file given is
-    written last.
+    """Make `folder` appear whole, with exactly these files, written in this order, or not at all.
 
-    Raises: EnvironmentFault if the disk refuses; then what was half written is removed and an older
-    folder stays."""
+    Raises: EnvironmentFault if the disk refuses: half a folder is removed, an older one stays."""
     temporary, trash = (folder.with_name(f".{kind}-{folder.name}") for kind in ("tmp", "trash"))
     try:
         for leftover in (temporary, trash):
@@ -133,8 +131,7 @@ def remove_folder(folder: Path) -> None:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[str | None]:
-    """Hold a folder against every other process until the end; the kernel lets go of it when a
-    process dies.
+    """Hold a folder against every other process; the kernel lets go of it when this one dies.
 
     The lock is on `folder/.lock`, which names its holder, so that the second start can say who is
     first. Yields a notice where the last holder died holding it. Raises: EnvironmentFault at once
@@ -170,15 +167,13 @@ def lock_folder(folder: Path) -> Iterator[str | None]:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Create a folder, prove before hours are spent that it takes a write, a flush and a rename,
-    and sweep it.
+    """Create a folder, sweep it, and prove early that it takes a write, a flush and a rename.
 
     Raises: EnvironmentFault."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in [
-            path for kind in _LEFTOVERS for path in folder.glob(kind)
-        ]:  # of a process that was killed
+        leftovers = [path for kind in _LEFTOVERS for path in folder.glob(kind)]
+        for path in leftovers:  # of a process that was killed
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         (folder / ".probe").unlink(missing_ok=True)
         replace_file(folder / ".probe", b"probe")

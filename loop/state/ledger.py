@@ -1,5 +1,4 @@
-"""The ledger: what every step was, in lines that are chained by hash and equal wherever the run is
-equal."""
+"""The ledger: what every step was, in lines chained by hash and equal where the run is equal."""
 
 import hashlib
 import json
@@ -14,8 +13,7 @@ from loop.errors import CheckpointError
 
 @dataclass(frozen=True)
 class LedgerPosition:
-    """A place between two lines: a checkpoint names one, and a resume cuts the ledger back to
-    it."""
+    """A point between two lines: checkpoints name one, and a resume cuts the ledger back to it."""
 
     lines: int
     bytes: int
@@ -39,9 +37,8 @@ class Ledger:
         line, head = chained_line(entry, self.position.head)
         self._file.write(line)
         self._file.flush()
-        self.position = LedgerPosition(
-            self.position.lines + 1, self.position.bytes + len(line), head
-        )
+        lines, size = self.position.lines + 1, self.position.bytes + len(line)
+        self.position = LedgerPosition(lines, size, head)
 
     def sync(self) -> LedgerPosition:
         """Wait until the disk has every line; a checkpoint names only such lines."""
@@ -61,25 +58,22 @@ def chained_line(entry: dict[str, Any], previous: str) -> tuple[bytes, str]:
 
 def read_ledger(path: Path, start: str, end: LedgerPosition) -> list[dict[str, Any]]:
     """The entries of a file up to `end`, if their chain leads there. Raises: CheckpointError."""
-    return verify_ledger(
-        path.read_bytes()[: end.bytes] if path.is_file() else b"", path, start, end
-    )
+    content = path.read_bytes()[: end.bytes] if path.is_file() else b""
+    return verify_ledger(content, path, start, end)
 
 
 def verify_ledger(
     content: bytes, path: Path, start: str, end: LedgerPosition
 ) -> list[dict[str, Any]]:
-    """The entries of these bytes, if their chain leads from `start`, the identity's sha256, to
-    `end`.
+    """The entries of `content`, if its chain leads from `start`, the identity's sha256, to `end`.
 
     Raises: CheckpointError that names the first line that does not follow."""
     entries, head = [], start
     for number, line in enumerate(content.splitlines(keepends=True), start=1):
         try:
             entry = json.loads(line)
-            expected, following = chained_line(
-                {k: v for k, v in entry.items() if k not in ("prev", "hash")}, head
-            )
+            bare = {k: v for k, v in entry.items() if k not in ("prev", "hash")}
+            expected, following = chained_line(bare, head)
         except (ValueError, AttributeError, RecursionError):
             expected, following = b"", ""
         if line != expected:

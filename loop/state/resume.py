@@ -22,19 +22,12 @@ def find_checkpoint(
     Raises: CheckpointError; nothing has been changed."""
     present = list_checkpoints(folder / "checkpoints")
     if requested not in ("auto", "none"):
-        chosen = [
-            path
-            for path in present
-            if requested == path.name or Path(requested).resolve() == path.resolve()
-        ]
+        named = Path(requested).resolve()
+        chosen = [path for path in present if requested == path.name or named == path.resolve()]
         if not chosen:
-            there = (
-                f"{', '.join(path.name for path in present) or 'none'}; write auto, none or a"
-                " checkpoint"
-            )
-            raise CheckpointError(
-                f"resume_from_checkpoint: {requested} is not in {folder}, which holds {there}"
-            )
+            there = ", ".join(path.name for path in present) or "none"
+            hint = f"which holds {there}; write auto, none or a checkpoint"
+            raise CheckpointError(f"resume_from_checkpoint: {requested} is not in {folder}, {hint}")
         newer = ", ".join(path.name for path in present[present.index(chosen[0]) + 1 :])
         notice = f"going back to {chosen[0].name}: {newer} no longer count, the ledger is cut back"
         return _read(chosen[0], folder, identity), [notice] if newer else []
@@ -51,9 +44,8 @@ def find_checkpoint(
         except CheckpointError as error:
             passed_over.append(f"passed over {path.name}: {error}")
     if present:
-        passed_over += [
-            f"{folder}: no checkpoint is whole; restore one, or give another output_dir"
-        ]
+        hint = "restore one, or give another output_dir"
+        passed_over.append(f"{folder}: no checkpoint is whole; {hint}")
         raise CheckpointError("\n".join(passed_over))
     return None, []
 
@@ -62,9 +54,7 @@ def _read(path: Path, folder: Path, identity: dict[str, Any]) -> Checkpoint:
     checkpoint = read_checkpoint(path)
     changed = differences(checkpoint.identity, identity)
     if changed:
-        ways_out = (
-            "to go on, give the values it was started with; for another run, another output_dir"
-        )
-        raise ForeignCheckpoint("\n".join([*changed, f"{path} is of another run: {ways_out}"]))
+        hint = "to go on, give the values it was started with; for another run, another output_dir"
+        raise ForeignCheckpoint("\n".join([*changed, f"{path} is of another run: {hint}"]))
     read_ledger(folder / "ledger.jsonl", sha256(canonical_json(identity)), checkpoint.ledger)
     return checkpoint

@@ -99,14 +99,13 @@ def parse_run_json(content: bytes, name: Path) -> dict[str, Any]:
     try:
         _SCHEMA.validate_json(content, strict=True)
     except ValidationError as error:
-        keys = [".".join(str(part) for part in detail["loc"]) for detail in error.errors()]
-        lacking = sorted(
-            key for key, detail in zip(keys, error.errors()) if detail["type"] == "missing"
-        )
+        details = error.errors()
+        keys = [".".join(str(part) for part in detail["loc"]) for detail in details]
+        lacking = sorted(key for key, detail in zip(keys, details) if detail["type"] == "missing")
         if lacking:
             reason = f"has no {', '.join(lacking)}; an older version of the loop wrote it"
         else:
-            reason = f"{keys[0] or 'the file'}: {error.errors()[0]['msg']}; it was changed since"
+            reason = f"{keys[0] or 'the file'}: {details[0]['msg']}; it was changed since"
         raise CheckpointError(f"{name}: {reason}") from error
     return dict(json.loads(content))
 
@@ -118,8 +117,9 @@ def open_session(
     first_step: int,
     changes: list[str],
 ) -> None:
-    """Write `run.json` with one more session: where it ran, and `changes`, which make its resume
-    not bit-exact."""
+    """Write `run.json` with one more session.
+
+    `environment` is where it runs; `changes` are what makes its resume not bit-exact."""
     before = read_run_json(path)
     kept = before if before.get("identity_sha256") == facts["identity_sha256"] else {}
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -139,6 +139,5 @@ def read_run_json(path: Path) -> dict[str, Any]:
 
 
 def write_run_json(path: Path, run: dict[str, Any]) -> None:
-    replace_file(
-        path, (json.dumps(run, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-    )
+    text = json.dumps(run, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    replace_file(path, text.encode())

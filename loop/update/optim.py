@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from loop.config.knobs import Config
 from loop.errors import CheckpointError, ConfigError
 
-
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw_torch": torch.optim.AdamW,
     "adamw_bnb_8bit": bitsandbytes.optim.AdamW8bit,
@@ -21,7 +20,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: Config) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) over the parameters in their order; the loop sets its rate.
+    """AdamW (Loshchilov and Hutter 2019) over the parameters in order; the loop sets its rate.
 
     torch's, or bitsandbytes' with moments in blocks of 8 bits (Dettmers et al. 2022), or paged: in
     memory that the GPU's driver moves out when it is short. Raises: ConfigError for a paged one
@@ -44,39 +43,29 @@ def adamw(parameters: Iterable[nn.Parameter], config: Config) -> torch.optim.Opt
 
 def warmup(config: Config, num_steps: int) -> int:
     """Warm-up in steps; a `warmup_steps` below 1 is a share of the run, rounded up."""
-    return (
-        math.ceil(config.warmup_steps * num_steps)
-        if config.warmup_steps < 1
-        else int(config.warmup_steps)
-    )
+    steps = config.warmup_steps
+    return math.ceil(steps * num_steps) if steps < 1 else int(steps)
 
 
 def learning_rate(step: int, config: Config, num_steps: int) -> float:
-    """The learning rate of update `step` (0-based) of `num_steps`, whatever the number of
-    processes.
+    """The learning rate of update `step` (0-based) of `num_steps`, on any number of processes.
 
     Source: transformers 5.23, optimization.py, get_{constant,linear,cosine}_schedule_with_warmup.
-    So with warm-up step 0 has rate 0 and step `warmup` the peak, and the last step is one short of
-    0."""
+    With warm-up step 0 has rate 0 and step `warmup` the peak; the last step is one short of 0."""
     ramp = warmup(config, num_steps)
     if step < ramp:
         return config.learning_rate * step / ramp
     if config.lr_scheduler_type == "constant":
         return config.learning_rate
     progress = (step - ramp) / max(1, num_steps - ramp)
-    shape = (
-        1 - progress
-        if config.lr_scheduler_type == "linear"
-        else 0.5 * (1 + math.cos(math.pi * progress))
-    )
-    return config.learning_rate * shape
+    linear, cosine = 1 - progress, 0.5 * (1 + math.cos(math.pi * progress))
+    return config.learning_rate * (linear if config.lr_scheduler_type == "linear" else cosine)
 
 
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    """The state of each adapter tensor by name, such as `<tensor>.exp_avg`; empty before the first
-    update."""
+    """The state of each adapter tensor, as `<tensor>.exp_avg`; empty before the first update."""
     return {
         f"{name}.{key}": torch.as_tensor(value)
         for name, parameter in parameters.items()
@@ -90,13 +79,13 @@ def restore_optimizer(
     parameters: dict[str, nn.Parameter],
     tensors: dict[str, Tensor],
 ) -> None:
-    """Put back what `optimizer_tensors` gave. Raises: CheckpointError by name if one is missing or
-    misshapen."""
+    """Put back what `optimizer_tensors` gave.
+
+    Raises: CheckpointError by name if one is missing or mismatched."""
     (group,) = optimizer.param_groups
     rate, group["lr"] = group["lr"], 0.0
-    for (
-        parameter
-    ) in parameters.values():  # an update by nothing: the optimizer makes its state as it wants it
+    # An update by nothing: the optimizer makes its state as it wants it.
+    for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
