@@ -24,15 +24,25 @@ from loop.model.lora import adapter_config_json, gradients, restore_adapter
 from loop.process.anonymous import anonymous
 from loop.process.command import launched_processes
 from loop.process.environment import source_commit
+from loop.process.kernels import kernels
 from loop.process.launch import make_accelerator
+from loop.process.memory import forget_peak
 from loop.process.signals import Signals
 from loop.run.finish import Result, finish, keep_sample, stop
 from loop.run.heldout import heldout_loss
-from loop.run.prepare import Run, compare_processes, describe, prepare_run, run_facts, unpinned
+from loop.run.prepare import (
+    Run,
+    compare_processes,
+    describe,
+    inexact,
+    prepare_run,
+    remarks,
+    run_facts,
+)
 from loop.run.progress import Record
 from loop.run.rehearsal import rehearse
 from loop.state.checkpoint import Checkpoint, prune_checkpoints, write_checkpoint
-from loop.state.files import differences, lock_folder, replace_file
+from loop.state.files import lock_folder, replace_file
 from loop.state.ledger import LedgerPosition
 from loop.state.resume import find_checkpoint
 from loop.state.run_json import open_session
@@ -119,7 +129,8 @@ def train(config: Config, set_by: dict[str, str] | None = None) -> Result:
     saved before stays valid. Stopped, after saving, where a signal ended it."""
     accelerator = make_accelerator(config)
     lock = lock_folder(Path(config.output_dir)) if accelerator.is_main_process else nullcontext()
-    with Signals() as signals, anonymous(), lock as notice:
+    switches = kernels(config.full_determinism)
+    with Signals() as signals, anonymous(), switches, lock as notice:
         run = prepare_run(config, accelerator)
         return train_run(run, signals, set_by or {}, [notice] if notice else [])
 
@@ -135,9 +146,10 @@ def train_run(run: Run, signals: Signals, set_by: dict[str, str], notices: list[
         if checkpoint.step == run.num_steps:
             return finish(run)
     run = rehearse(run, checkpoint)
+    forget_peak(accelerator.device)
     first = checkpoint.step if checkpoint else 0
     last = min(run.num_steps, first + (config.stop_after_steps or run.num_steps))
-    for notice in [*notices, *passed_over, *unpinned(run.requested, run.config)]:
+    for notice in [*notices, *passed_over, *remarks(run)]:
         accelerator.print(notice)
     record = open_record(run, checkpoint, set_by) if accelerator.is_main_process else None
     if checkpoint is None:
@@ -175,7 +187,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
 def open_record(run: Run, checkpoint: Checkpoint | None, set_by: dict[str, str]) -> Record:
     """Describe the run, write `config.yaml` and a session into `run.json`, and open the ledger."""
     first_step = checkpoint.step if checkpoint else 0
-    changes = differences(checkpoint.environment, run.environment) if checkpoint else []
+    changes = inexact(run, checkpoint) if checkpoint else []
     resumed = [f"resume from step {first_step}, {run.folder / 'checkpoints'}"] if checkpoint else []
     print("\n".join([*describe(run), *resumed]), flush=True)
     for change in changes:

@@ -52,6 +52,12 @@ class Batch(NamedTuple):
     target_positions: Tensor  # (N,) int64: the positions that have a target, ascending
     targets: Tensor  # (N,) int64: the token that each of them must predict
     grids: list[Grid]  # the rows in their order; one grid for a model that is given padded rows
+    starts: Tensor  # (rows + 1,) int32: where each row starts, and T, for attention's packed kernel
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(grid.width for grid in self.grids)
 
     @property
     def position_ids(self) -> Tensor:
@@ -60,11 +66,11 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to `device`; asynchronous from pinned memory: the stream orders what follows."""
-        input_ids, target_positions, targets = (
-            field.to(device, non_blocking=True) for field in self[:3]
+        ids, target_positions, targets, starts = (
+            field.to(device, non_blocking=True) for field in (*self[:3], self.starts)
         )
         grids = [
             grid._replace(positions=grid.positions.to(device, non_blocking=True))
             for grid in self.grids
         ]
-        return Batch(input_ids, target_positions, targets, grids)
+        return Batch(ids, target_positions, targets, grids, starts)

@@ -32,7 +32,8 @@ def collate(examples: Sequence[Example], padding_free: bool) -> Batch:
         dtype=torch.int64,
     )
     targets = input_ids[target_positions + 1]  # the shift
-    return Batch(input_ids, target_positions, targets, _grids(lengths, padding_free))
+    starts = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32))
+    return Batch(input_ids, target_positions, targets, _grids(lengths, padding_free), starts)
 
 
 def _grids(lengths: list[int], padding_free: bool) -> list[Grid]:

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from loop.model.lora import adapter_parameters
 
+_PIECE = 1 << 26
+"""Bytes of a GPU's tensor that are in memory at once, for each thread."""
+
 
 def frozen_tensors(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and dtype of every frozen tensor: no forward may change them, a quantized one might."""
@@ -18,8 +21,10 @@ def frozen_tensors(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]
 def base_checksum(model: PeftModel) -> str:
     """One sha256 over name, shape, dtype and content of every frozen tensor: the base's identity.
 
-    Taken again after training it proves that no byte of the base moved. Each tensor of a GPU is
-    copied to memory for it, one per thread; a processor's core hashes about a gigabyte a second."""
+    Taken again after training it proves that no byte of the base moved. A core hashes one to two
+    gigabytes a second, and each tensor has a thread. A GPU's come through pinned memory, piece by
+    piece: whole and unpinned, the copies were slower than the hashing (14 GB: 10.7 s on an H200
+    with 16 cores; in pieces not yet measured)."""
     trained = {parameter.data_ptr() for parameter in adapter_parameters(model).values()}
     tensors, seen = {}, set()
     for name, tensor in sorted(model.state_dict().items()):
@@ -33,5 +38,11 @@ def base_checksum(model: PeftModel) -> str:
 
 
 def _checksum_line(name: str, tensor: Tensor) -> str:
-    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-    return f"{name} {list(tensor.shape)} {tensor.dtype} {hashlib.sha256(content).hexdigest()}\n"
+    content, digest = tensor.detach().contiguous().view(-1).view(torch.uint8), hashlib.sha256()
+    if not content.is_cuda:
+        digest.update(content.numpy().data)
+        return f"{name} {list(tensor.shape)} {tensor.dtype} {digest.hexdigest()}\n"
+    buffer = torch.empty(min(_PIECE, len(content)), dtype=torch.uint8, pin_memory=True)
+    for piece in content.split(_PIECE):
+        digest.update(buffer[: len(piece)].copy_(piece).numpy().data)
+    return f"{name} {list(tensor.shape)} {tensor.dtype} {digest.hexdigest()}\n"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -42,6 +43,15 @@ def add_adapter(base: PreTrainedModel, config: Config) -> PeftModel:
     if config.gradient_checkpointing:
         base.activation_checkpointing_enable()
     return model
+
+
+def leave_inputs_to_autocast(model: PeftModel) -> None:
+    """Keep PEFT from copying each LoRA input to float32, which autocast would only undo.
+
+    In a Llama-8B step that is 0.8 of 7.7 GB (simulated); the bits were the same (measured)."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
 
 
 def causal_lm_of(model: PeftModel) -> PreTrainedModel:

@@ -1,6 +1,7 @@
 """The accelerator that the launcher asked for, refused where it would silently be another."""
 
 import os
+import re
 from datetime import timedelta
 
 import torch
@@ -22,10 +23,7 @@ def make_accelerator(config: Config) -> Accelerator:
 
     Raises: ConfigError."""
     _check_precision(config)
-    if config.full_determinism:  # what torch's "Reproducibility" asks for on CUDA
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
+    _check_gpus()
     on_cpu = not torch.cuda.is_available()  # cpu=True: else accelerate joins no several processes
     try:
         accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[_PATIENCE, _NO_SCALER])
@@ -58,10 +56,43 @@ def _check_precision(config: Config) -> None:
     # accelerate would take float32 for fp16 on a CPU
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") and precision != "fp16"
     if precision != "no" and not torch.cuda.is_available() and not on_cpu:
-        hint = "is for a GPU and torch sees none; use launch_configs/cpu.yaml"
+        hint = f"is for a GPU and torch sees none{_why_no_gpu()}; use launch_configs/cpu.yaml"
         raise ConfigError(f"mixed_precision: {precision} {hint}")
     if on_cpu or precision != "bf16":
         return
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         hint = "this GPU has no bf16; use launch_configs/one_gpu_fp16.yaml"
         raise ConfigError(f"mixed_precision: {hint}")
+
+
+def _check_gpus() -> None:
+    """Raises: ConfigError for more processes than GPUs, or a GPU too old for this torch."""
+    if not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if processes > gpus:
+        hint = f"--num_processes {gpus} uses what is there"
+        raise ConfigError(f"num_processes: {processes} on a machine with {gpus} GPU; {hint}")
+    own = torch.cuda.get_device_capability()
+    oldest = min((_capability(name) for name in torch.cuda.get_arch_list()), default=own)
+    if own < oldest:
+        both = f"has compute capability {own[0]}.{own[1]}, this torch needs {oldest[0]}.{oldest[1]}"
+        hint = "install a torch built for an older CUDA"
+        raise ConfigError(f"GPU: {torch.cuda.get_device_name()} {both}; {hint}")
+
+
+def _capability(name: str) -> tuple[int, int]:
+    """(7, 5) of sm_75, (12, 0) of compute_120."""
+    digits = re.sub(r"\D", "", name)
+    return int(digits[:-1]), int(digits[-1])
+
+
+def _why_no_gpu() -> str:
+    """What CUDA says of it, such as a driver that is too old; nothing where torch has no CUDA."""
+    if torch.version.cuda is None:
+        return " (this torch is built for the CPU)"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f" ({str(error).strip().splitlines()[0].rstrip('.')})"
+    return ""

@@ -24,11 +24,18 @@ from loop.errors import ConfigError, DataError, LoopError
 from loop.model.base import base_commit, base_config, base_dtype, load_base
 from loop.model.body import check_padding_free
 from loop.model.checksum import base_checksum, frozen_tensors
-from loop.model.lora import adapter_parameters, add_adapter, causal_lm_of, census
+from loop.model.lora import (
+    adapter_parameters,
+    add_adapter,
+    causal_lm_of,
+    census,
+    leave_inputs_to_autocast,
+)
 from loop.model.loss import SummedLoss, check_head
 from loop.process.environment import environment
-from loop.state.checkpoint import serialize
-from loop.state.files import canonical_json, prepare_folder, sha256
+from loop.process.memory import in_memory
+from loop.state.checkpoint import Checkpoint, serialize
+from loop.state.files import canonical_json, differences, prepare_folder, sha256
 from loop.update.loss_scale import START, LossScale
 from loop.update.optim import adamw, warmup
 
@@ -88,7 +95,8 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
     if config.micro_batch_tokens != "auto" and data.longest > config.micro_batch_tokens:
         sizes = f"{config.micro_batch_tokens} cannot hold the longest row, {data.longest} tokens"
         raise ConfigError(f"micro_batch_tokens: {sizes}; raise it, or lower max_length")
-    model = add_adapter(load_base(config, accelerator.device), config)
+    with in_memory(f"the base in {config.base_bits} bits", "load_in_4bit, or a smaller base, does"):
+        model = add_adapter(load_base(config, accelerator.device), config)
     _check_rows_fit(data, model)
     loss, packing = _prepare_loss(accelerator, config, model, data)
     parameters = adapter_parameters(model)
@@ -172,6 +180,8 @@ def _prepare_loss(
     Real rows, before any training, show whether head(hidden) is this model's logits, and whether
     packed rows leave its hidden states as they are."""
     causal_lm, device = causal_lm_of(model), accelerator.device
+    if accelerator.mixed_precision != "no":
+        leave_inputs_to_autocast(model)
     # evaluation_mode: no DDP, whose buckets would make a resume on 3 processes inexact.
     loss: SummedLoss = accelerator.prepare_model(SummedLoss(model, causal_lm), evaluation_mode=True)
     exact = accelerator.mixed_precision == "no" and next(loss.parameters()).dtype.itemsize >= 4
@@ -240,6 +250,25 @@ def unpinned(requested: Config, used: Config) -> list[str]:
         for knob, name, commit in revisions
         if name != commit
     ]
+
+
+def remarks(run: Run) -> list[str]:
+    """What a person should hear before a run like this one."""
+    precision, dtype = run.accelerator.mixed_precision, run.config.dtype
+    lines = unpinned(run.requested, run.config)
+    if precision != "no" and dtype == "float32":
+        low = {"bf16": "bfloat16", "fp16": "float16"}[precision]
+        cost = f"a second copy of every weight, in {low}, is kept for the backward"
+        lines.append(f"dtype: float32 under {precision}: {cost}; dtype: {low} needs none")
+    return lines
+
+
+def inexact(run: Run, checkpoint: Checkpoint) -> list[str]:
+    """What makes going on from this checkpoint not bit-exact; nothing if it is."""
+    lines = differences(checkpoint.environment, run.environment)
+    if run.accelerator.device.type == "cuda" and not run.config.full_determinism:
+        lines.append("a GPU's attention adds in no fixed order without full_determinism")
+    return lines
 
 
 def describe(run: Run) -> list[str]:

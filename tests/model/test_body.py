@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,3 +155,26 @@ def test_what_leaks_into_a_short_row_behind_a_long_one_is_found_at_the_tolerance
         0.5 < check_padding_free(model, *batches([600, 2]), tolerance=5e-2) < 10
     )  # of the short row, not of both
     assert check_padding_free(model, *batches([600]), tolerance=5e-2) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_layouts_are_compared_with_the_models_own_float32(
+    bloom: Path, dtype: torch.dtype
+) -> None:
+    """Of a base in 16 bits too, without a change to it that stays."""
+    padded, free = batches()
+    model = AutoModelForCausalLM.from_pretrained(bloom, dtype=dtype).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        ours = hidden_states(model, free, padding_free=True)
+        wide = AutoModelForCausalLM.from_pretrained(bloom, dtype=dtype).eval().float()
+        own = hidden_states(wide, padded, padding_free=False)
+    expected = max(
+        float((a - b).norm() / b.norm())
+        for a, b in zip(ours.float().split(LENGTHS), own.split(LENGTHS))
+    )
+    assert check_padding_free(model, padded, free, 1.0) == pytest.approx(expected, rel=1e-5)
+    assert all(
+        tensor.dtype == dtype and tensor.equal(before[name])
+        for name, tensor in model.state_dict().items()
+    )
