@@ -74,7 +74,7 @@ def publish_flags(argv: list[str]) -> argparse.Namespace:
     add("--verify_logits", action="store_true", help=logits)
     add("--json", action="store_true", help="plan and outcome as one JSON object")
     if any("\ud800" <= character <= "\udfff" for word in argv for character in word):
-        raise ConfigError("a flag that is not UTF-8")
+        raise ConfigError("found a flag that is not UTF-8")
     return parser.parse_args([underscored(word) for word in argv])
 
 

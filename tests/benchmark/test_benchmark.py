@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from loop.process.memory import peak_memory
 from tests.benchmark import __main__ as benchmark
 from tests.benchmark.__main__ import panel, speed, table
+from tests.benchmark.card import TIMED, WARM, Event, kinds, row
 from tests.benchmark.growth import PARTS, curve, plots
 from tests.benchmark.growth import table as growth_table
 from tests.benchmark.machine import description, in_a_fork, matrix_rate
@@ -234,3 +235,37 @@ def test_peak_of_a_process_is_its_own_and_a_failed_one_gives_nothing() -> None:
 
 def test_rate_of_a_matrix_product_is_measured_in_operations_a_second() -> None:
     assert 1e8 < matrix_rate(1) < 1e15
+
+
+def test_kernels_are_told_apart_by_a_word_in_their_name() -> None:
+    events = [
+        Event("pytorch_flash::flash_fwd_kernel", 1.0),
+        Event("nvjet_sm90_tst_128x256", 2.0),
+        Event("Memset", 0.5),
+    ]
+    events += [
+        Event("vectorized_elementwise_kernel<GeluCUDAKernelImpl>", 4.0),
+        Event("vectorized_layer_norm_kernel", 8.0),
+    ]
+    assert kinds(events) == {
+        "attention": 1.0,
+        "products": 2.0,
+        "copies": 0.5,
+        "elementwise": 4.0,
+        "norms": 8.0,
+    }
+
+
+def test_a_cards_speed_is_the_median_of_the_timed_steps() -> None:
+    slow, fast = (
+        [3.0] * (WARM - 1),
+        [0.5] * TIMED,
+    )  # what a step took, behind the first, which ended at 20 s
+    ends = [20.0 + sum((slow + fast)[:step]) for step in range(len(slow + fast) + 1)]
+    measured = {
+        "targets": [100] * len(ends),
+        "ends": ends,
+        "seconds": {"rehearse": 0.31},
+        "peak": 26.4e9,
+    }
+    assert row("bloom", measured).split(" | ")[:4] == ["| bloom", "200", "26.40", "20.0"]
