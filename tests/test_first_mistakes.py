@@ -99,8 +99,35 @@ MISTAKES = [
         2,
         "--seed: expected one argument; --help lists the flags",
     ),
+    Mistake("word without a flag", "1", 2, "'1': unexpected word; every value follows a --flag"),
+    Mistake("recipe without its flag", "demo", 2, "'demo': unexpected word; write --config demo"),
+    Mistake("word of another trainer", "--resume", 2, "resume: the same command goes on from"),
+    Mistake("folder as a recipe", "--config $here", 2, "is a folder; name a YAML file in it"),
     Mistake(
-        "word without a flag", "demo", 2, "'demo': unexpected word; every value follows a --flag"
+        "weights as a model",
+        "--model_name_or_path $bloom/model.safetensors",
+        2,
+        "expected the folder that holds config.json, tokenizer.json and *.safetensors",
+    ),
+    Mistake(
+        "model of another format",
+        "--model_name_or_path llama-7b.Q4_K_M.gguf",
+        2,
+        "model_name_or_path: llama-7b.Q4_K_M.gguf is a file's name; expected the folder",
+    ),
+    Mistake(
+        "nothing left to train on",
+        "--dataset_name $here/rows.jsonl --eval_fraction 0.9",
+        3,
+        "eval_fraction: 0.9 holds out 2 of 2 rows with text, all that there are; lower it",
+        files={"rows.jsonl": '{"text": "one row"}\n{"text": "two rows"}\n'},
+    ),
+    Mistake(
+        "misspelled file",
+        "--dataset_name $here/row.jsonl",
+        3,
+        "row.jsonl; did you mean rows.jsonl? in a recipe, ./row.jsonl is the file beside it",
+        files={"rows.jsonl": '{"text": "one row"}\n'},
     ),
     Mistake(
         "negative learning rate",
@@ -136,8 +163,7 @@ MISTAKES = [
         "nothing at all",
         "",
         2,
-        "output_dir: missing; give --output_dir, or a recipe with --config",
-        also=("model_name_or_path: missing;", "dataset_name: missing;"),
+        "nothing says what to train: give --config demo, another recipe or YAML file, or",
         usual="",
     ),
     Mistake(
@@ -207,8 +233,7 @@ MISTAKES = [
         "tab in a recipe",
         "",
         2,
-        "found character '\\t' that cannot start any token in \"<unicode string>\", line 2,"
-        " column 1",
+        "found character '\\t' that cannot start any token, line 2, column 1",
         recipe="seed: 1\n\tlora_r: 2\n",
     ),
     Mistake(
@@ -450,7 +475,7 @@ MISTAKES = [
         "dataset beside its recipe",
         "",
         3,
-        "write ./rows.jsonl for a file beside the recipe",
+        "in a recipe, ./rows.jsonl is the file beside it",
         recipe="dataset_name: rows.jsonl\n",
         files={"recipes/rows.jsonl": ROWS},
         usual=USUAL.replace("--dataset_name $ragged ", ""),

@@ -47,6 +47,12 @@ def parse_command_line(argv: list[str], num_processes: int = 1) -> CommandLine:
     except ValidationError as error:
         by_knob = itertools.groupby(error.errors(), key=lambda detail: detail["loc"][:1])
         errors += [_explain(list(details), set_by) for _, details in by_knob]
+    if not values:  # one line in the place of one for each knob that must be given
+        required = [f"--{name}" for name, field in FIELDS.items() if field.is_required()]
+        errors = errors[: -len(required)]
+        if not any("write --config" in error for error in errors):
+            hint = f"give --config demo, another recipe or YAML file, or {', '.join(required)}"
+            errors.append(f"nothing says what to train: {hint}")
     if errors:
         raise ConfigError("\n".join(errors))
     return CommandLine(config, set_by, options.print_config)
@@ -67,12 +73,19 @@ def find_recipe(name: str) -> Path:
     """A path as given, else the packaged recipe of that name.
 
     Raises: ConfigError that lists those there are."""
-    folder = Path(str(resources.files("loop"))) / "recipes"
-    for path in (Path(name), folder / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+    recipes = _recipes()
+    if Path(name).is_file() or name in recipes:
+        return Path(name) if Path(name).is_file() else recipes[name]
+    if Path(name).is_dir():
+        raise ConfigError(f"--config: {name} is a folder; name a YAML file in it")
+    known = ", ".join(recipes)
     raise ConfigError(f"--config: no file and no recipe is named {name!r}; the recipes are {known}")
+
+
+def _recipes() -> dict[str, Path]:
+    """Those that come with the package, by name."""
+    folder = Path(str(resources.files("loop"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -132,7 +145,9 @@ def _parse_flags(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any], l
         if word.startswith("--"):
             flags[name] = value if equals else next(unknown, "")
         else:
-            errors.append(f"{word!r}: unexpected word; every value follows a --flag")
+            is_recipe = word in _recipes() or Path(word).suffix in (".yaml", ".yml")
+            hint = f"write --config {word}" if is_recipe else "every value follows a --flag"
+            errors.append(f"{word!r}: unexpected word; {hint}")
     return known, flags, errors
 
 
@@ -190,7 +205,7 @@ def _read_recipe(name: str) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader) or {}
     except (yaml.YAMLError, ValueError, KeyError, RecursionError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).replace(' in "<unicode string>"', "").split())
         raise ConfigError(f"{path}: not a YAML file of knobs: {reason}") from error
     if not isinstance(values, dict):
         kind = type(values).__name__

@@ -76,6 +76,9 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
         train = _examples(whole, usable)
         heldout = _examples(test, np.flatnonzero(column(test, "num_targets")))
     counts = _count(whole, train, heldout)
+    if len(train) == 0 and len(heldout) > 0 and config.dataset_test_split is None:
+        share = f"{config.eval_fraction:g} holds out {len(heldout)} of {len(usable)} rows with text"
+        raise DataError(f"eval_fraction: {share}, all that there are; lower it, or add rows")
     if len(train) == 0:
         lost = "{dropped_without_target} of {rows} have no text, {dropped_too_long} of {rows} are"
         lost = f"{lost.format(**counts)} longer than max_length {config.max_length}"

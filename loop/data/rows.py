@@ -1,6 +1,7 @@
 """A dataset as people have it, a Hub id, a file or a folder -> its rows, in their order."""
 
 import codecs
+import difflib
 import errno
 import hashlib
 from collections.abc import Iterator
@@ -60,8 +61,11 @@ def load_rows(config: Config, split: str) -> tuple[Dataset, str | None]:
         return builder.as_dataset(split=split), commit
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         download = f"hf download {name} --repo-type dataset --local-dir DIR"
-        hint = f"no token is used: {download}, then write DIR in its place"
+        hint = f"is the network there, the name right? a gated one: {download}, then write DIR"
         raise HubError(f"dataset_name: {name}: {first_line(error)}; {hint}") from error
+    except ImportError as error:  # of files that are no text: pictures, sounds, PDF
+        kinds = ", ".join(FILE_FORMATS)
+        raise DataError(f"dataset_name: {name}: holds no text; expected {kinds}") from error
     except StopIteration as error:
         raise DataError(f"dataset_name: {name}: holds no rows") from error
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
@@ -81,7 +85,10 @@ def _by_content(path: Path) -> Path:
     The library itself goes by modification times and takes a name for a pattern. Text that is not
     UTF-8 is refused here with its offset, which the readers underneath do not tell."""
     if not path.is_file():
-        hint = f"write ./{path.name} for a file beside the recipe"
+        there = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, there, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        hint += f"in a recipe, ./{path.name} is the file beside it"
         raise DataError(f"dataset_name: found no file {path.absolute()}; {hint}")
     digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
     offset, chunk = 0, b" "

@@ -12,6 +12,8 @@ from loop.data.tokenizer import clear_errors
 from loop.errors import ConfigError
 from loop.model.quantize import keep_trainable, quantization_config
 
+_WEIGHTS = {".safetensors", ".gguf", ".bin", ".pt", ".pth"}
+
 
 def base_commit(config: Config) -> str | None:
     """The commit of the base's revision on the Hub, or at its download; None for a folder.
@@ -22,6 +24,9 @@ def base_commit(config: Config) -> str | None:
         raise ConfigError(
             f"model_name_or_path: found no folder {path}; expected one with safetensors"
         )
+    if path.is_file() or (path.suffix in _WEIGHTS and not path.exists()):
+        hint = "expected the folder that holds config.json, tokenizer.json and *.safetensors"
+        raise ConfigError(f"model_name_or_path: {path} is a file's name; {hint}")
     if path.exists():
         return None
     with clear_errors(config, "config.json"):

@@ -17,6 +17,10 @@ SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """All but SIGUSR1, which saves and goes on, end the run; a launcher that is gone is a SIGHUP."""
 
 
+_GRACE = 5.0
+"""Seconds that the main thread has to end a run before step 0; the launcher would kill after 30."""
+
+
 class Request(NamedTuple):
     """What somebody outside wants of the run, now that a step is done."""
 
@@ -30,19 +34,33 @@ class Signals:
     def __init__(self) -> None:
         self._heard: set[int] = set()
         self._deferred = False
+        self._left = threading.Event()
         self._previous: dict[int, Any] = {}
         # accelerate launch always sets this variable, and nobody else does.
         self._launcher = os.getppid() if "ACCELERATE_DYNAMO_BACKEND" in os.environ else None
 
     def __enter__(self) -> "Signals":
-        for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 self._previous[number] = signal.signal(number, self._catch)
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._wakeup = signal.set_wakeup_fd(self._writer)
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._left.set()
+        if self._previous:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self._wakeup)
+            os.close(self._writer)  # the end of what the watcher reads
+            self._watcher.join()
+            os.close(self._reader)
 
     def defer(self) -> None:
         """From now on a signal waits for the end of the step. A second SIGINT does not."""
@@ -61,6 +79,21 @@ class Signals:
         if counts[-1] > 0:  # one that came after the flags were read waits for the next step
             self._heard.discard(signal.SIGUSR1)
         return Request(stop=max(stops, default=0), save=counts[-1] > 0)
+
+    def _watch(self) -> None:
+        """End the process where a signal before step 0 finds the main thread inside a library.
+
+        No Python handler runs there, and NCCL waits for a process that has refused to start until
+        the launcher kills it. The byte of a signal comes through the pipe at once."""
+        while byte := os.read(self._reader, 1):
+            number = byte[0]
+            if number not in SIGNALS[:-1] or self._deferred or self._left.wait(_GRACE):
+                continue
+            if not self._deferred:
+                name = signal.Signals(number).name
+                reason = "before the first step, inside a library: nothing was trained or saved"
+                _write_to_terminal(f"error: {name} {reason}\n")
+                os._exit(128 + number)
 
     def _catch(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and number in self._heard:

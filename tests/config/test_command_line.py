@@ -301,8 +301,27 @@ def test_a_bad_template_is_said_together_with_a_value_out_of_range() -> None:
 
 
 def test_what_is_missing_is_said_for_each_knob_without_a_default() -> None:
-    assert refusal([]) == [
+    assert refusal(["--seed=1"]) == [
         f"{name}: missing; give --{name}, or a recipe with --config" for name in REQUIRED
+    ]
+
+
+def test_where_nothing_is_given_one_line_names_a_recipe_and_all_that_must_be() -> None:
+    (answer,) = refusal([])
+    assert answer == (
+        "nothing says what to train: give --config demo, another recipe or YAML file, or"
+        " --model_name_or_path, --dataset_name, --output_dir"
+    )
+
+
+@pytest.mark.parametrize("word", ["demo", "bloom-7b1-quotes", "my.yaml", "configs/run.yml"])
+def test_a_recipe_without_its_flag_is_told_the_flag_and_nothing_else(word: str) -> None:
+    assert refusal([word]) == [f"{word!r}: unexpected word; write --config {word}"]
+
+
+def test_a_folder_in_the_place_of_a_recipe_is_named_as_one(tmp_path: Path) -> None:
+    assert refusal([f"--config={tmp_path}"]) == [
+        f"--config: {tmp_path} is a folder; name a YAML file in it"
     ]
 
 

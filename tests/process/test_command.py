@@ -76,3 +76,17 @@ def test_the_package_as_a_command_lists_each_command_with_a_line() -> None:
     for name in ("train", "generate", "publish", "merge"):
         assert f"python -m loop.{name} " in done.stdout
     assert "accelerate launch --config_file launch_configs/cpu_2.yaml" in done.stdout
+
+
+def test_the_package_starts_a_command_by_its_name_and_names_those_there_are() -> None:
+    words = [sys.executable, "-m", "loop"]
+    started = subprocess.run(
+        [*words, "train", "--lr", "1"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (started.returncode, started.stderr.splitlines()[0]) == (
+        2,
+        "error: lr: write learning_rate",
+    )
+    unknown = subprocess.run([*words, "eval"], cwd=ROOT, capture_output=True, text=True)
+    last = "error: no command is named 'eval'; it is one of train, generate, publish, merge\n"
+    assert (unknown.returncode, unknown.stderr) == (1, last)

@@ -662,3 +662,44 @@ def test_a_signal_to_the_launcher_ends_its_processes_in_a_checkpoint(
         assert said in text.splitlines(), sent
         assert done < 200, "the run ended before its last signal"
     assert_resumes_to(straight(processes, max_steps=200), folder, argv, processes)
+
+
+STUCK = """
+import ctypes, sys
+from loop.process.signals import Signals
+
+mutex = ctypes.create_string_buffer(64)
+with Signals() as signals:
+    if sys.argv[1] == "deferred":
+        signals.defer()
+    print("stuck", flush=True)
+    for _ in range(2):  # the second waits for ever, and no signal wakes it
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a mutex of glibc is 40 bytes of zeros")
+def test_a_process_that_is_stuck_inside_a_library_before_step_0_ends_by_itself() -> None:
+    words = [sys.executable, "-c", STUCK, "before"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "stuck\n"
+    process.send_signal(SIGTERM)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert errors.endswith(
+        "SIGTERM before the first step, inside a library: nothing was trained or saved\n"
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a mutex of glibc is 40 bytes of zeros")
+def test_from_step_0_on_it_is_left_to_finish_its_step() -> None:
+    words = [sys.executable, "-c", STUCK, "deferred"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "stuck\n"
+    process.send_signal(SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(8)  # longer than the grace of 5 seconds
+    process.kill()
+    process.communicate()
