@@ -403,7 +403,7 @@ MISTAKES = [
         "text file as a base",
         "--model_name_or_path $here/model.txt",
         2,
-        "is not a valid JSON file; expected a folder with",
+        "expected the folder that holds config.json",
         files={"model.txt": "bigscience/bloom-560m\n"},
     ),
     Mistake(

@@ -85,7 +85,8 @@ def find_recipe(name: str) -> Path:
 def _recipes() -> dict[str, Path]:
     """Those that come with the package, by name."""
     folder = Path(str(resources.files("loop"))) / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    paths = sorted(folder.glob("*.yaml"), key=lambda path: path.stem)
+    return {path.stem: path for path in paths}
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -205,7 +206,7 @@ def _read_recipe(name: str) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader) or {}
     except (yaml.YAMLError, ValueError, KeyError, RecursionError) as error:
-        reason = " ".join(str(error).replace(' in "<unicode string>"', "").split())
+        reason = " ".join(str(error).split()).replace(' in "<unicode string>"', "")
         raise ConfigError(f"{path}: not a YAML file of knobs: {reason}") from error
     if not isinstance(values, dict):
         kind = type(values).__name__

@@ -56,7 +56,7 @@ def _check_precision(config: Config) -> None:
     # accelerate would take float32 for fp16 on a CPU
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") and precision != "fp16"
     if precision != "no" and not torch.cuda.is_available() and not on_cpu:
-        hint = f"is for a GPU and torch sees none{_why_no_gpu()}; use launch_configs/cpu.yaml"
+        hint = f"is for a GPU and torch sees none; use launch_configs/cpu.yaml{_why_no_gpu()}"
         raise ConfigError(f"mixed_precision: {precision} {hint}")
     if on_cpu or precision != "bf16":
         return

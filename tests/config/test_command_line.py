@@ -560,7 +560,8 @@ def test_an_unknown_recipe_is_answered_with_those_there_are() -> None:
     (answer,) = refusal(["--config=dmeo"])
     assert "'dmeo'" in answer
     assert answer.endswith(
-        "the recipes are bloom-7b1-quotes, bloom-7b1-quotes-4bit, bloom-7b1-quotes-t4, demo"
+        "the recipes are bloom-7b1-quotes, bloom-7b1-quotes-40gb, bloom-7b1-quotes-4bit,"
+        " bloom-7b1-quotes-80gb, bloom-7b1-quotes-t4, demo"
     )
 
 
