@@ -29,8 +29,12 @@ class Command(NamedTuple):
     parse: Callable[[list[str]], object]  # without torch: refuses a typo, and answers `--help`
 
 
+def _training(words: list[str]) -> object:
+    return parse_command_line(words, launched_processes())
+
+
 COMMANDS = {
-    "train": Command("loop.train", "fine-tune an adapter, or go on with it", parse_command_line),
+    "train": Command("loop.train", "fine-tune an adapter, or go on with it", _training),
     "generate": Command("loop.generate", "continue prompts with a run or a model", generate_flags),
     "publish": Command("loop.publish.__main__", "send an adapter to the Hub", publish_flags),
     "merge": Command("loop.merge", "write base and adapter as one model", merge_flags),
@@ -46,13 +50,14 @@ def start(name: str) -> NoReturn:
 
     def run() -> None:
         command.parse(words)
-        usual = signal.getsignal(signal.SIGINT)
-        if usual is signal.default_int_handler:  # not where nohup or a parent has it ignored
+        is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # nohup ignores it
+        if is_usual:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         # At its import it recommends a package for inference.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         main = importlib.import_module(command.module).main
-        signal.signal(signal.SIGINT, usual)
+        if is_usual:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         main(words)
 
     sys.exit(run_command(run, debug="--debug" in words))

@@ -1,6 +1,7 @@
 """How a command starts: `--help` and a typo are answered before torch is imported."""
 
 import configparser
+import os
 import re
 import subprocess
 import sys
@@ -90,3 +91,10 @@ def test_the_package_starts_a_command_by_its_name_and_names_those_there_are() ->
     unknown = subprocess.run([*words, "eval"], cwd=ROOT, capture_output=True, text=True)
     last = "error: no command is named 'eval'; it is one of train, generate, publish, merge\n"
     assert (unknown.returncode, unknown.stderr) == (1, last)
+
+
+def test_the_first_reading_knows_how_many_processes_the_launcher_started() -> None:
+    words = [sys.executable, "-m", "loop.train", "--per_device_train_batch_size=4", "--seed=1"]
+    place = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
+    done = subprocess.run(words, cwd=ROOT, env=place, capture_output=True, text=True)
+    assert "4 x 1 x 2 processes = global_batch_size: 8" in done.stderr
