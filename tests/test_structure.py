@@ -232,35 +232,12 @@ def test_nothing_is_unpickled() -> None:
         assert "torch.load" not in source
 
 
-def audit_map() -> list[tuple[str, str]]:
-    """(file, name) of every `file.py::name` in the READMEs."""
-    found = []
-    for readme in (ROOT / "README.md", LOOP / "README.md"):
-        found += re.findall(
-            r"`((?:tests/|loop/)?[\w/]+\.py)::([\w.]+)`", readme.read_text(encoding="utf-8")
-        )
-    return found
-
-
 def test_audit_map_answers_twelve_questions() -> None:
     text = (LOOP / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+)\. .*\|$", text, flags=re.MULTILINE)
     assert rows == [str(number) for number in range(1, 13)]
     for line in (line for line in text.splitlines() if re.match(r"\| \d+\. ", line)):
         assert re.search(r"`tests/[\w/]+\.py::test_\w+`", line), line
-
-
-@pytest.mark.parametrize(("file", "name"), audit_map())
-def test_entry_of_the_audit_map_exists(file: str, name: str) -> None:
-    path = ROOT / file if file.startswith(("tests/", "loop/")) else LOOP / file
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            names.add(node.name)
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names |= {target.id for target in targets if isinstance(target, ast.Name)}
-    assert name.split(".")[-1] in names
 
 
 def test_reading_order_names_every_file_once_and_lower_folders_first() -> None:

@@ -1,4 +1,4 @@
-"""The arithmetic of the benchmark. That it is fast is no test: see the README's table and the
+"""The arithmetic of the benchmark. That it is fast is no test: see README.md here and the
 command beside it."""
 
 import argparse
