@@ -64,20 +64,12 @@ transformers.logging.disable_progress_bar()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts whole runs, so that `pytest -m "not runs"` is the part that answers within a
-    minute."""
+    """The longest files first; else in the order that they were collected in."""
     items.sort(
         key=lambda item: (
             LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
         )
     )
-    for item in items:
-        module = item.path.stem
-        if (
-            module in ("test_train", "test_launcher", "test_demo", "test_resume", "test_prepare")
-            or "million_rows" in item.name
-        ):
-            item.add_marker("runs")
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,7 @@
-"""A Hub on loopback: repositories in memory, the requests that the real client makes, and faults by
-plan.
+"""A fake of the Hugging Face Hub, on loopback; the client that talks to it is the real one.
 
-Standard library only. It answers what `huggingface_hub`, `transformers`, `peft` and `datasets` ask
-for over plain http; large files go by LFS (`HF_HUB_DISABLE_XET=1`)."""
+Repositories are in memory, and faults happen by plan. Standard library only. It answers what
+`huggingface_hub`, `transformers`, `peft` and `datasets` ask for over plain http; large files go by LFS (`HF_HUB_DISABLE_XET=1`)."""
 
 import atexit
 import base64

@@ -24,6 +24,7 @@ from loop.train import train
 from tests.conftest import flags
 from tests.processes import run, start, start_altered, wait_until
 
+pytestmark = pytest.mark.runs
 Settings = Callable[..., dict[str, Any]]
 
 
@@ -446,7 +447,6 @@ def counted(run: Run) -> Run:
     return run
 
 
-@pytest.mark.runs
 def test_two_processes_meet_once_before_each_update_whatever_call_it_is(
     settings: Settings, tmp_path: Path
 ) -> None:

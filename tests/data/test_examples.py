@@ -756,6 +756,7 @@ print(data.counts["rows"], max([*sizes, anonymous_kib()]))
 """
 
 
+@pytest.mark.runs
 @pytest.mark.skipif(
     sys.platform != "linux", reason="reads the kernel's count of pages that belong to no file"
 )

@@ -19,6 +19,7 @@ from tests.conftest import DEMO_MODEL, QUOTES
 from tests.processes import run
 from tests.test_train import ledger
 
+pytestmark = pytest.mark.runs
 ROOT = Path(__file__).parents[2]
 
 

@@ -18,6 +18,7 @@ from tests.conftest import flags
 from tests.processes import run
 from tests.test_train import assert_same_run, step_lines
 
+pytestmark = pytest.mark.runs
 ROOT = Path(__file__).parents[2]
 Settings = Callable[..., dict[str, Any]]
 

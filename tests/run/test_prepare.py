@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, Mistra
 from tests.conftest import VOCABULARY, flags
 from tests.processes import run, start
 
+pytestmark = pytest.mark.runs
 Settings = Callable[..., dict[str, Any]]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

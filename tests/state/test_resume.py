@@ -10,6 +10,7 @@ from tests.conftest import flags
 from tests.processes import start
 from tests.state.test_checkpoint import rebuild_manifest
 
+pytestmark = pytest.mark.runs
 Again = Callable[..., tuple[int | None, str]]
 
 
