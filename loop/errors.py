@@ -28,7 +28,7 @@ class HubError(LoopError):
 
 
 class NonFiniteError(LoopError):
-    exit_code = 7  # NaN or infinite loss, gradient or weight: this step did not touch the adapter
+    exit_code = 7  # a NaN or infinite loss, gradient or weight: nothing of it was saved
 
 
 class TrainingStateError(LoopError):

@@ -354,7 +354,7 @@ def test_base_of_a_run_is_the_commit_that_was_trained_on(trained: Path) -> None:
         ("load_in_4bit: false", "load_in_4bit: true", torch.float32, True),
     ],
 )
-def test_base_is_in_the_dtype_and_quantisation_of_the_runs_config(
+def test_base_is_in_the_dtype_and_quantization_of_the_runs_config(
     trained: Path, default: str, asked: str, dtype: torch.dtype, in_4bit: bool
 ) -> None:
     path = trained / "config.yaml"

@@ -91,7 +91,7 @@ def test_large_model_is_written_in_shards(
     assert set(index["weight_map"]) == set(load_file(bloom / "model.safetensors"))
 
 
-def test_adapter_of_a_quantised_run_is_merged_into_the_unquantised_base(
+def test_adapter_of_a_quantized_run_is_merged_into_the_unquantized_base(
     bloom: Path, ragged: Path, merge: Merge, tmp_path: Path
 ) -> None:
     used = published_settings(bloom, ragged, tmp_path / "run", load_in_4bit=True, max_steps=2)

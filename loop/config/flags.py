@@ -40,7 +40,7 @@ def generate_flags(argv: list[str]) -> argparse.Namespace:
 def merge_flags(argv: list[str]) -> argparse.Namespace:
     """Raises: ConfigError; SystemExit(0) after `--help`."""
     about = (
-        "Merge an adapter into its base, unquantised, as sharded safetensors with the tokenizer."
+        "Merge an adapter into its base, unquantized, as sharded safetensors with the tokenizer."
     )
     parser = _parser("merge", about)
     add = parser.add_argument

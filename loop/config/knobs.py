@@ -244,7 +244,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         reason = "with load_in_8bit PEFT 0.21 loses the scales of the base"
         yield f"use_dora: {reason}; write load_in_4bit"
     if config.dtype == "float64" and config.base_bits < 16:
-        yield "dtype: float64 with a quantised base, which computes in float32 or less"
+        yield "dtype: float64 with a quantized base, which computes in float32 or less"
 
 
 def knob_values(config: Config) -> dict[str, Any]:

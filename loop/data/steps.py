@@ -43,16 +43,16 @@ class Steps(Dataset[Step]):
         )
         lengths = self.examples.lengths[drawn]
         packed = self.padding_free
-        pieces = cut(lengths, self.micro_batch_tokens, self.num_processes, packed)
-        mine = range(self.process_index, len(pieces), self.num_processes)
-        batches = [collate(self.examples.read(drawn[pieces[k]]), packed) for k in mine]
+        micro_batches = cut(lengths, self.micro_batch_tokens, self.num_processes, packed)
+        mine = range(self.process_index, len(micro_batches), self.num_processes)
+        batches = [collate(self.examples.read(drawn[micro_batches[k]]), packed) for k in mine]
         return Step(
             step=step,
             epoch=epoch,
             rows=self.examples.rows[drawn].tolist(),
             target_tokens=int(self.examples.num_targets[drawn].sum()),
             tokens=int(lengths.sum()),
-            padded_tokens=sum(forward_tokens(lengths[piece], packed) for piece in pieces),
-            num_micro_batches=len(pieces),
+            padded_tokens=sum(forward_tokens(lengths[piece], packed) for piece in micro_batches),
+            num_micro_batches=len(micro_batches),
             micro_batches=list(zip(mine, batches)),
         )

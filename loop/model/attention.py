@@ -16,7 +16,9 @@ from loop.data.batch import Batch, Grid
 ROWS = "rows"
 """The name under which transformers finds `rows_attention`, as it finds "sdpa" or "eager"."""
 _VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
-_GROUPED = {"enable_gqa": True} if "enable_gqa" in _VARLEN_OPTIONS else {}  # 2.11 needs no telling
+_GROUPED = (
+    {"enable_gqa": True} if "enable_gqa" in _VARLEN_OPTIONS else {}
+)  # torch 2.11 needs no telling
 _ALIBI_COLUMNS = 8
 """The kernel's head sizes are multiples of 8; six are used: three parts of a slope by two of a
 position."""
@@ -131,7 +133,7 @@ def rows_attention(
     if options.get("s_aux") is not None or (window is not None and window < batch.longest):
         raise ValueError("attention sinks, or a window narrower than a row")
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    dtype = _attention_dtype(query)
+    dtype = attention_dtype(query)
     if _is_plain(module, options) and can_pack(
         query.device, dtype, {t.shape[-1] for t in (q, k, v)}
     ):
@@ -139,8 +141,9 @@ def rows_attention(
         scale = options.get("scaling")
         return packed_attention(q, k, v, batch.starts, batch.longest, scale)[None], None
     if query.is_cuda and not has_flash(query.device, dtype):
-        # Only flash takes fewer heads of keys; any other kernel without scores wants them repeated.
-        module, options = nn.Module(), {"is_causal": _is_causal(module, options), **options}
+        # Only flash takes fewer heads of keys; other kernels without scores want them repeated, and
+        # a module that does not say how many there were.
+        module, options = nn.Module(), {**options, "is_causal": _is_causal(module, options)}
         k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], 1) for tensor in (k, v))
 
     def attend(*padded: Tensor) -> Tensor:
@@ -162,10 +165,10 @@ def _is_causal(module: nn.Module, options: dict[str, Any]) -> bool:
     return bool(getattr(module, "is_causal", True) if given is None else given)
 
 
-def _attention_dtype(query: Tensor) -> torch.dtype:
-    """What autocast makes of a query for attention."""
-    device = query.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+def attention_dtype(values: Tensor) -> torch.dtype:
+    """What autocast makes of these for attention."""
+    device = values.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else values.dtype
 
 
 def _on_grids(

@@ -17,7 +17,13 @@ from transformers import BloomModel
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from loop.data.batch import Batch
-from loop.model.attention import alibi_columns, biased_attention, can_pack, packed_alibi_attention
+from loop.model.attention import (
+    alibi_columns,
+    attention_dtype,
+    biased_attention,
+    can_pack,
+    packed_alibi_attention,
+)
 
 
 def is_plain(model: BloomModel) -> bool:
@@ -37,10 +43,8 @@ def bloom_hidden(model: BloomModel, batch: Batch) -> Tensor:
 
     Source: transformers 5.23, models/bloom/modeling_bloom.py, BloomModel.forward."""
     hidden = model.word_embeddings_layernorm(model.word_embeddings(batch.input_ids))
-    device = hidden.device.type
     # In the dtype of attention, else autocast would make every layer a copy of its own.
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    attend = attention_of(model, batch, dtype)
+    attend = attention_of(model, batch, attention_dtype(hidden))
     for block in model.h:
         if model.training and block.gradient_checkpointing:
             hidden = checkpoint(bloom_block, block, hidden, attend, use_reentrant=False)

@@ -23,7 +23,7 @@ class PackedBody(NamedTuple):
 
 
 def _through_attention_interface(body: PreTrainedModel, batch: Batch) -> Tensor:
-    """The model's own forward on one sequence; its keywords carry `grids` to `attention.py`.
+    """The model's own forward on one sequence; its keywords carry `batch` to `attention.py`.
 
     transformers' layers hand what they do not know to the attention function, `rows_attention`."""
     ids, positions = batch.input_ids[None], batch.position_ids[None]
@@ -103,7 +103,7 @@ def check_padding_free(
 def _in_float32(body: nn.Module, device: str) -> Iterator[None]:
     """Without autocast, each layer's weights widened while it runs, one layer of them at a time.
 
-    A quantized model stays as it is: its products are in 16 bits whatever they are given."""
+    A quantized model stays as training runs it: it has no other weights to be compared with."""
     if not all(parameter.is_floating_point() for parameter in body.parameters()):
         yield
         return

@@ -1,5 +1,6 @@
 """How a command starts and ends: its exit code and last words. Nothing heavy is imported here."""
 
+import errno
 import importlib
 import logging
 import os
@@ -14,6 +15,8 @@ from loop.config.flags import generate_flags, merge_flags, publish_flags
 from loop.errors import LoopError, Stopped
 
 _PEER_ENDED = "another process ended; its own message says why"
+_ELASTIC_ERRORS = "torch.distributed.elastic.multiprocessing.errors"
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 def launched_processes() -> int:
@@ -26,15 +29,22 @@ class Command(NamedTuple):
 
     module: str  # its `main` takes the words behind the command
     about: str
-    parse: Callable[[list[str]], object]  # without torch: refuses a typo, and answers `--help`
+    check: Callable[[list[str]], object]  # without torch: refuses a typo, and answers `--help`
+    if_memory_ends: str = "take a smaller model, or a machine with more memory"
 
 
 def _training(words: list[str]) -> object:
     return parse_command_line(words, launched_processes())
 
 
+_TRAINING_IN_LESS = (
+    "lower micro_batch_tokens (auto finds it) or max_length, or set gradient_checkpointing or"
+    " load_in_4bit: true"
+)
 COMMANDS = {
-    "train": Command("loop.train", "fine-tune an adapter, or go on with it", _training),
+    "train": Command(
+        "loop.train", "fine-tune an adapter, or go on with it", _training, _TRAINING_IN_LESS
+    ),
     "generate": Command("loop.generate", "continue prompts with a run or a model", generate_flags),
     "publish": Command("loop.publish.__main__", "send an adapter to the Hub", publish_flags),
     "merge": Command("loop.merge", "write base and adapter as one model", merge_flags),
@@ -49,7 +59,7 @@ def start(name: str) -> NoReturn:
     command, words = COMMANDS[name], sys.argv[1:]
 
     def run() -> None:
-        command.parse(words)
+        command.check(words)
         is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # nohup ignores it
         if is_usual:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -60,18 +70,21 @@ def start(name: str) -> NoReturn:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         main(words)
 
-    sys.exit(run_command(run, debug="--debug" in words))
+    sys.exit(run_command(run, "--debug" in words, command.if_memory_ends))
 
 
-def run_command(command: Callable[[], None], debug: bool = False) -> int:
+def run_command(
+    command: Callable[[], None], debug: bool = False, if_memory_ends: str = _TRAINING_IN_LESS
+) -> int:
     """Run a command to its exit code.
 
-    The last line on stderr is one sentence; a bug also shows its traceback."""
+    What went wrong stands last on stderr, a line for each thing, said by one process of several; a
+    bug also shows its traceback."""
     try:
         command()
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        message, code = _last_words(error)
+        message, code = _last_words(error, if_memory_ends)
         if debug or (code == 1 and message != _PEER_ENDED):
             traceback.print_exception(error)
         elif isinstance(error, (LoopError, Stopped)) or message == _PEER_ENDED:
@@ -84,10 +97,7 @@ def run_command(command: Callable[[], None], debug: bool = False) -> int:
         return code
 
 
-_ELASTIC_ERRORS = "torch.distributed.elastic.multiprocessing.errors"
-
-
-def _last_words(error: BaseException) -> tuple[str, int]:
+def _last_words(error: BaseException, if_memory_ends: str) -> tuple[str, int]:
     """One sentence and the exit code."""
     # A command that ended before torch was imported did not fail by it.
     torch: Any = sys.modules.get("torch")
@@ -100,12 +110,11 @@ def _last_words(error: BaseException) -> tuple[str, int]:
         if memory.is_out_of_memory(error):
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             peak = memory.peak_memory(device) / 2**30
-            knobs = "micro_batch_tokens (auto finds it) or max_length"
-            hint = f"lower {knobs}, or set gradient_checkpointing or load_in_4bit: true"
-            return f"out of memory after a peak of {peak:.1f} GiB; {hint}", 5
+            return f"out of memory after a peak of {peak:.1f} GiB; {if_memory_ends}", 5
     if isinstance(error, OSError) and error.errno is not None:
-        file = error.filename or "output_dir"
-        return f"{file}: {error.strerror}; what was saved before is intact", 5
+        nameless = "output_dir: " if error.errno in _DISK else ""
+        file = f"{error.filename}: " if error.filename else nameless
+        return f"{file}{error.strerror}; what was saved before is intact", 5
     is_torn = torch is not None and isinstance(error, torch.distributed.DistError)
     if is_torn or "by peer" in str(error):
         return _PEER_ENDED, 1

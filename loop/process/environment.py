@@ -37,19 +37,20 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
 def source_sha256() -> str:
     """Of every file of this package that training imports: path and content, in order of paths.
 
-    The model card's code changes nothing that is trained, so it is not in it; the collator's is."""
-    package, reached, waiting = _LOOP, set[Path](), [_LOOP / "train.py"]
+    The model card's code changes nothing that was trained and is not in it; the collator's is."""
+    reached, waiting = set[Path](), [_LOOP / "train.py"]
     while waiting:
         path = waiting.pop()
-        if path not in reached:
-            reached.add(path)
-            nodes = ast.walk(ast.parse(path.read_bytes()))
-            modules = [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
-            names = [module.split(".")[1:] for module in modules if module.startswith("loop.")]
-            waiting += [package.joinpath(*name).with_suffix(".py") for name in names]
+        if path in reached:
+            continue
+        reached |= {path, path.with_name("__init__.py")}
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            module = str(node.module) if isinstance(node, ast.ImportFrom) else ""
+            if module.startswith("loop."):
+                waiting.append(_LOOP.parent.joinpath(*module.split(".")).with_suffix(".py"))
     source = hashlib.sha256()
     for path in sorted(reached):
-        source.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+        source.update(path.relative_to(_LOOP).as_posix().encode() + b"\0" + path.read_bytes())
     return source.hexdigest()
 
 

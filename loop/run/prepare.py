@@ -61,9 +61,8 @@ class Run:
     frozen: dict[str, tuple[torch.Size, torch.dtype]]  # of every tensor that may not change
     packing: str  # how rows are laid out, in words
     environment: dict[str, Any]
-    """What may, and then is not bit-exact: versions, processes, threads, device, the cut.
-
-    As they were at the start."""
+    """What a resume may change, and then is not bit-exact: versions, code, processes, threads,
+    device, and the announced knobs, as they were at the start."""
 
     @property
     def folder(self) -> Path:
@@ -79,7 +78,7 @@ class Run:
 
 
 def prepare_run(config: Config, accelerator: Accelerator) -> Run:
-    """Load everything and compare the processes; the run's folder is only probed and swept.
+    """Load everything and compare the processes; the run's folder is made, probed and swept.
 
     Raises: any LoopError."""
     if accelerator.is_main_process:
@@ -100,8 +99,7 @@ def prepare_run(config: Config, accelerator: Accelerator) -> Run:
     _check_rows_fit(data, model)
     loss, packing = _prepare_loss(accelerator, config, model, data)
     parameters = adapter_parameters(model)
-    identity = _identity(config, accelerator, data, model)
-    identity |= {"own_logits": loss.own_logits, "padding_free": loss.padding_free}
+    identity = _identity(config, accelerator, data, model, loss)
     announced = {**environment(accelerator), **config.knobs("announced")}
     _compare_starts(accelerator, config, identity, announced, parameters)
     fp16 = accelerator.mixed_precision == "fp16"
@@ -147,6 +145,7 @@ def _steps(config: Config, data: Data, padding_free: bool, accelerator: Accelera
             len(data.train), config.num_train_epochs, config.max_steps, config.global_batch_size
         ),
         global_batch_size=config.global_batch_size,
+        # 0 until the rehearsal has found what `auto` is.
         micro_batch_tokens=0 if config.micro_batch_tokens == "auto" else config.micro_batch_tokens,
         seed=config.seed,
         padding_free=padding_free,
@@ -165,6 +164,7 @@ def _compare_starts(
     """All that has to be the same on every process before step 0.
 
     Raises: LoopError, on every process alike."""
+    # Not the folder's name: each machine may reach the same folder by another.
     knobs = {**config.knobs("announced", "free"), "output_dir": None}
     facts = {"identity": identity, "knobs": knobs, "device": announced["device"]}
     facts["versions"] = [announced["versions"], announced["source_sha256"]]
@@ -182,7 +182,7 @@ def _prepare_loss(
     causal_lm, device = causal_lm_of(model), accelerator.device
     if accelerator.mixed_precision != "no":
         leave_inputs_to_autocast(model)
-    # evaluation_mode: no DDP, whose buckets would make a resume on 3 processes inexact.
+    # Device and autocast. evaluation_mode: no DDP, whose buckets make a resume on 3 inexact.
     loss: SummedLoss = accelerator.prepare_model(SummedLoss(model, causal_lm), evaluation_mode=True)
     exact = accelerator.mixed_precision == "no" and next(loss.parameters()).dtype.itemsize >= 4
     shortest = data.train.read(np.array([data.train.lengths.argmin()]))
@@ -309,7 +309,7 @@ def describe(run: Run) -> list[str]:
 
 
 def _identity(
-    config: Config, accelerator: Accelerator, data: Data, model: PeftModel
+    config: Config, accelerator: Accelerator, data: Data, model: PeftModel, loss: SummedLoss
 ) -> dict[str, Any]:
     """What files and models hold, not their names: a moved folder is still the same run."""
     trained = census(model)
@@ -322,6 +322,8 @@ def _identity(
         "lora_target_modules": trained["target_modules"],
         "mixed_precision": accelerator.mixed_precision,
         "order_version": ORDER_VERSION,
+        "own_logits": loss.own_logits,
+        "padding_free": loss.padding_free,
     }
 
 
@@ -330,9 +332,9 @@ def compare_processes(accelerator: Accelerator, facts: dict[str, Any]) -> None:
     digests = [list(bytes.fromhex(sha256(canonical_json(fact)))) for fact in facts.values()]
     own = torch.tensor([digests], device=accelerator.device)
     gathered = accelerator.gather(own)  # (processes, facts, 32 bytes)
-    for process, digests in enumerate(gathered):
-        for name, mine, first in zip(facts, digests, gathered[0]):
-            if not torch.equal(mine, first):
+    for process, theirs in enumerate(gathered):
+        for name, its, first in zip(facts, theirs, gathered[0]):
+            if not torch.equal(its, first):
                 difference = f"process {process} differs from process 0 in its {name}"
                 raise LoopError(f"{difference}; all must have the same")
 

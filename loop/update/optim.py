@@ -65,7 +65,9 @@ def learning_rate(step: int, config: Config, num_steps: int) -> float:
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    """The state of each adapter tensor, as `<tensor>.exp_avg`; empty before the first update."""
+    """The state of each adapter tensor, as `<tensor>.exp_avg` (bitsandbytes: `.state1`).
+
+    Empty before the first update."""
     return {
         f"{name}.{key}": torch.as_tensor(value)
         for name, parameter in parameters.items()

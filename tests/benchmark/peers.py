@@ -80,7 +80,7 @@ def rows() -> Dataset:
     ).select_columns("quote")
 
 
-def tokenised(tokenizer: Any) -> Dataset:
+def tokenized(tokenizer: Any) -> Dataset:
     """Each row's tokens with an end-of-text, cut at MAX_LENGTH, and its length."""
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
@@ -139,7 +139,7 @@ def trainer(
             args=TrainingArguments(
                 **arguments(steps, micro, output, train_sampling_strategy=sampling)
             ),
-            train_dataset=tokenised(tokenizer),
+            train_dataset=tokenized(tokenizer),
             data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
             callbacks=[StepEnds(clock)],
         ).train()
@@ -194,7 +194,7 @@ def plain(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = adapted(proxy, folder)
     clock.watch(model.get_base_model())
-    data = tokenised(tokenizer).remove_columns("length")
+    data = tokenized(tokenizer).remove_columns("length")
     if block:
         joined = [token for row in data["input_ids"] for token in row]
         pieces = [joined[i : i + block] for i in range(0, len(joined) - block + 1, block)]

@@ -128,7 +128,7 @@ def micro_point(folder: Path, micro: int, series: str) -> Result:
 
 
 def rows_point(folder: Path, number: int, series: str) -> Result:
-    """Prepare a run on many short rows. The first time they are tokenised, the second time that is
+    """Prepare a run on many short rows. The first time they are tokenized, the second time that is
     found again."""
     rows, cache = (
         write_rows(folder / f"short-{number}.jsonl", map(short_text, range(number))),

@@ -214,7 +214,7 @@ def test_without_an_end_of_text_token_a_text_is_its_tokens_alone(
     assert count(data, "dropped_without_target") == [1]  # a text of one token predicts nothing
 
 
-def test_prompt_and_completion_columns_are_recognised(load: Load, tokenizer: Any) -> None:
+def test_prompt_and_completion_columns_are_recognized(load: Load, tokenizer: Any) -> None:
     ((tokens, start),) = read(load([{"prompt": "A good", "completion": " tool"}]).train)
     prompt, completion = tokenizer("A good")["input_ids"], tokenizer(" tool")["input_ids"]
     assert tokens == [*prompt, *completion, EOS]
@@ -338,7 +338,7 @@ def test_a_row_that_is_no_text_is_refused_by_its_number(
     assert "rows.jsonl" in str(caught.value)
 
 
-def test_a_row_is_numbered_over_all_batches_of_the_tokeniser(load: Load) -> None:
+def test_a_row_is_numbered_over_all_batches_of_the_tokenizer(load: Load) -> None:
     with pytest.raises(DataError, match="row 2345, column 'text': found None"):
         load(["x"] * 2345 + [None] + ["x"] * 10)
 

@@ -77,7 +77,7 @@ def computed(batch: Batch, padding_free: bool) -> int:
 
 
 def texts(ragged: Path, tokenizer_folder: Path, rows: list[int]) -> list[tuple[int, ...]]:
-    """Rows of the file, tokenised by transformers alone."""
+    """Rows of the file, tokenized by transformers alone."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     lines = ragged.read_text(encoding="utf-8").splitlines()
     return [

@@ -1,4 +1,4 @@
-"""Bases in 4 and 8 bits: what is quantised, that they train and resume as any base does, and the
+"""Bases in 4 and 8 bits: what is quantized, that they train and resume as any base does, and the
 trap on the CPU."""
 
 import itertools
@@ -79,7 +79,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> d
 
 @pytest.fixture(scope="module")
 def knobs(bases: dict[str, Path], ragged: Path) -> Settings:
-    """A small run on a quantised base with an evaluation after every step."""
+    """A small run on a quantized base with an evaluation after every step."""
 
     def of(family: str, bits: int, folder: Path, **changed: Any) -> dict[str, Any]:
         usual = {
@@ -131,7 +131,7 @@ def runs(knobs: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load_plainly(base: Path, bits: int) -> PreTrainedModel:
-    """The quantised base as a user of transformers loads it, without this project; its gradients
+    """The quantized base as a user of transformers loads it, without this project; its gradients
     kept."""
     config = FOUR if bits == 4 else EIGHT
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -143,12 +143,12 @@ def load_plainly(base: Path, bits: int) -> PreTrainedModel:
     return model
 
 
-# What is quantised
+# What is quantized
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_linear_module_but_the_head_is_nf4_with_double_quantisation_and_products_in_dtype(
+def test_every_linear_module_but_the_head_is_nf4_with_double_quantization_and_products_in_dtype(
     knobs: Settings, tmp_path: Path, family: str, dtype: str
 ) -> None:
     base = load_base(Config(**knobs(family, 4, tmp_path, dtype=dtype)), CPU)
@@ -165,7 +165,7 @@ def test_every_linear_module_but_the_head_is_nf4_with_double_quantisation_and_pr
         assert (state.state2.blocksize, state.absmax.dtype) == (
             256,
             torch.uint8,
-        )  # the scales are quantised too
+        )  # the scales are quantized too
         assert module.weight.dtype == torch.uint8
         assert module.weight.numel() * 2 == module.in_features * module.out_features
     rest = [p for p in base.parameters() if not isinstance(p, type(linear[0].weight))]
@@ -196,7 +196,7 @@ def test_every_linear_module_but_the_head_is_int8_with_outliers_kept_apart(
 @pytest.mark.runs
 @pytest.mark.parametrize(("bits", "names"), [(4, ["float32", "nf4"]), (8, ["float32", "int8"])])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_census_counts_the_numbers_of_the_unquantised_model(
+def test_the_census_counts_the_numbers_of_the_unquantized_model(
     runs: Path, knobs: Settings, tmp_path: Path, family: str, bits: int, names: list[str]
 ) -> None:
     plain = {**knobs(family, bits, tmp_path), f"load_in_{bits}bit": False}
@@ -214,7 +214,7 @@ def one_bit_of(tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("forward_first", [False, True])
 @pytest.mark.parametrize("bits", BITS)
-def test_one_flipped_bit_of_a_quantised_weight_or_of_its_scales_changes_the_checksum(
+def test_one_flipped_bit_of_a_quantized_weight_or_of_its_scales_changes_the_checksum(
     knobs: Settings, tmp_path: Path, bits: int, forward_first: bool
 ) -> None:
     used = Config(**knobs("llama", bits, tmp_path))
@@ -303,7 +303,7 @@ def test_two_processes_have_the_same_rows_and_losses(
 @pytest.mark.parametrize(
     "changed",
     [{"load_in_4bit": False, "load_in_8bit": True}, {"load_in_4bit": False}],
-    ids=["in 8 bits", "unquantised"],
+    ids=["in 8 bits", "unquantized"],
 )
 def test_a_run_in_4_bits_goes_on_in_4_bits_only(
     runs: Path, knobs: Settings, tmp_path: Path, family: str, changed: dict[str, bool]
@@ -328,7 +328,7 @@ def test_a_run_in_4_bits_goes_on_in_4_bits_only(
         ("bloom", 8, "float32"),  # its biases are float32, its input under autocast is not
     ],
 )
-def test_bf16_autocast_on_a_quantised_base_trains_a_float32_adapter_and_leaves_the_base(
+def test_bf16_autocast_on_a_quantized_base_trains_a_float32_adapter_and_leaves_the_base(
     knobs: Settings, tmp_path: Path, family: str, bits: int, dtype: str
 ) -> None:
     bf16 = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "true"}
@@ -362,14 +362,14 @@ def test_dora_on_an_int8_base_is_refused_with_2_and_one_sentence(
 # Against references without this project
 
 
-def dequantised(base: Path, bits: int, folder: Path) -> Path:
-    """The quantised base written out as a plain float32 model, by bitsandbytes' own table or the
+def dequantized(base: Path, bits: int, folder: Path) -> Path:
+    """The quantized base written out as a plain float32 model, by bitsandbytes' own table or the
     formula of int8."""
-    quantised = load_plainly(base, bits)
+    quantized = load_plainly(base, bits)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     moved = 0
     with torch.no_grad():
-        for name, module in quantised.named_modules():
+        for name, module in quantized.named_modules():
             if isinstance(module, Linear4bit):
                 values = dequantize_4bit(module.weight.data, module.weight.quant_state)
             elif isinstance(module, Linear8bitLt):
@@ -391,7 +391,7 @@ def dequantised(base: Path, bits: int, folder: Path) -> Path:
     ("bits", "variant"), [(4, {}), (8, {}), (4, {"use_dora": True})], ids=["4", "8", "4 DoRA"]
 )
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradient_of_a_step_is_that_of_transformers_own_loss_on_the_dequantised_weights(
+def test_gradient_of_a_step_is_that_of_transformers_own_loss_on_the_dequantized_weights(
     knobs: Settings,
     bases: dict[str, Path],
     tmp_path: Path,
@@ -414,7 +414,7 @@ def test_gradient_of_a_step_is_that_of_transformers_own_loss_on_the_dequantised_
     }
     plain = {
         **used,
-        "model_name_or_path": str(dequantised(bases[family], bits, tmp_path / "plain")),
+        "model_name_or_path": str(dequantized(bases[family], bits, tmp_path / "plain")),
     }
     adapter = folder / "checkpoints" / "step-000001"
     reference = reference_gradient(plain, adapter, second["rows"], torch.float64)
@@ -428,7 +428,7 @@ def test_gradient_of_a_step_is_that_of_transformers_own_loss_on_the_dequantised_
     ("bits", "tolerance"), [(4, 1e-5), (8, 1e-2)]
 )  # int8 keeps outliers apart batch by batch
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_adapter_loads_with_peft_on_the_same_quantised_base_and_gives_the_reported_held_out_loss(
+def test_the_adapter_loads_with_peft_on_the_same_quantized_base_and_gives_the_reported_held_out_loss(
     runs: Path, bases: dict[str, Path], ragged: Path, family: str, bits: int, tolerance: float
 ) -> None:
     folder = runs / f"{family}-{bits}-straight"

@@ -26,6 +26,8 @@ def source_sha256(folder: Path) -> str:
         ("data/collate.py", True),
         ("train.py", True),
         ("process/memory.py", True),
+        ("__init__.py", True),
+        ("data/__init__.py", True),
         ("publish/card.py", False),
         ("generate.py", False),
         ("finished/evidence.py", False),

@@ -236,7 +236,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_5_and_one_line(
     )
     assert before.wait() == [0], (
         before.text()
-    )  # so that the rows lie tokenised in the library's cache
+    )  # so that the rows lie tokenized in the library's cache
     launched = start(flags(knobs), tmp_path / "log")
     (process,) = launched.processes
     resource.prlimit(process.pid or 0, resource.RLIMIT_FSIZE, (limit, limit))  # it is still loading

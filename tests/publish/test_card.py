@@ -146,9 +146,9 @@ def test_resume_that_was_not_bit_exact_is_stated(evidence: Evidence, changed: Ch
     assert "| resumed, not bit-exact | from step 3: threads was 1, is 2 |" in made
 
 
-def test_quantised_base_is_stated_as_a_limit(evidence: Evidence) -> None:
-    quantised = replace(evidence, config=replace(evidence.config, load_in_4bit=True))
-    assert "The base was quantised to 4 bits in training" in card(quantised)
+def test_quantized_base_is_stated_as_a_limit(evidence: Evidence) -> None:
+    quantized = replace(evidence, config=replace(evidence.config, load_in_4bit=True))
+    assert "The base was quantized to 4 bits in training" in card(quantized)
 
 
 @pytest.mark.parametrize(

@@ -186,20 +186,11 @@ def test_run_json_has_a_session_for_each_start_with_all_that_moves_bits(finished
 
 
 def test_run_json_names_the_source_by_its_hash(finished: Path) -> None:
-    folder, code = (
-        Path(loop.__file__).parent,
-        "import loop.train, sys; print(*(m for m in sys.modules if 'loop.' in m))",
-    )
-    modules = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
-    paths = [
-        folder.parent.joinpath(*name.split(".")).with_suffix(".py")
-        for name in modules
-        if name.startswith("loop.")
-    ]
-    source = hashlib.sha256()
-    for path in sorted(path for path in paths if path.is_file()):
+    code = "import loop.train, sys; print(*(m.__file__ for n, m in sys.modules.items() if n[:4] == 'loop'))"
+    words = [sys.executable, "-c", code]
+    loaded = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+    folder, source = Path(loop.__file__).parent, hashlib.sha256()
+    for path in sorted(map(Path, loaded)):
         source.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     sessions = json.loads((finished / "run.json").read_bytes())["sessions"]
     assert {session["source_sha256"] for session in sessions} == {source.hexdigest()}
