@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from loop.model.lora import adapter_parameters
 
+_LONG = 1_000_000_000  # bytes: about a second
 _PIECE = 1 << 26
 """Bytes of a GPU's tensor that are in memory at once, for each thread."""
 
@@ -16,6 +17,13 @@ _PIECE = 1 << 26
 def frozen_tensors(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and dtype of every frozen tensor: no forward may change them, a quantized one might."""
     return {name: (p.shape, p.dtype) for name, p in model.named_parameters() if not p.requires_grad}
+
+
+def checksum_notice(model: nn.Module) -> list[str]:
+    """What to say before a checksum that takes seconds, which would look like a hang."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    size = sum(parameter.numel() * parameter.element_size() for parameter in frozen)
+    return [f"base   {size / 1e9:.1f} GB: taking its checksum"] if size >= _LONG else []
 
 
 def base_checksum(model: PeftModel) -> str:

@@ -4,7 +4,7 @@ import signal
 from dataclasses import asdict, dataclass
 
 from loop.errors import LoopError, Stopped
-from loop.model.checksum import base_checksum
+from loop.model.checksum import base_checksum, checksum_notice
 from loop.run.prepare import Run
 from loop.run.sample import sample
 from loop.state.checkpoint import Checkpoint, read_checkpoint
@@ -29,6 +29,8 @@ def finish(run: Run) -> Result:
     """End a run of which every step is done. Done a second time it changes no byte.
 
     Raises: LoopError if the base has moved; CheckpointError if no last checkpoint verifies."""
+    for notice in checksum_notice(run.model):
+        run.accelerator.print(f"{notice} again", flush=True)
     if base_checksum(run.model) != run.identity["base_checksum"]:
         raise LoopError("the frozen base changed during training; do not use this adapter")
     checkpoint, result = _read_result(run, run.num_steps)

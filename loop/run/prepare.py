@@ -23,7 +23,7 @@ from loop.data.tokenizer import load_tokenizer, tokenizer_sha256
 from loop.errors import ConfigError, DataError, LoopError
 from loop.model.base import base_commit, base_config, base_dtype, load_base
 from loop.model.body import check_padding_free
-from loop.model.checksum import base_checksum, frozen_tensors
+from loop.model.checksum import base_checksum, checksum_notice, frozen_tensors
 from loop.model.lora import (
     adapter_parameters,
     add_adapter,
@@ -313,6 +313,8 @@ def _identity(
 ) -> dict[str, Any]:
     """What files and models hold, not their names: a moved folder is still the same run."""
     trained = census(model)
+    for notice in checksum_notice(model):
+        accelerator.print(notice, flush=True)
     return {
         **config.knobs("identity"),
         "base_checksum": base_checksum(model),

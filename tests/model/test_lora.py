@@ -20,7 +20,7 @@ from loop.config.knobs import Config
 from loop.data.tokenizer import load_tokenizer
 from loop.errors import CheckpointError, ConfigError, HubError
 from loop.model.base import base_config, load_base
-from loop.model.checksum import base_checksum
+from loop.model.checksum import base_checksum, checksum_notice
 from loop.model.lora import (
     adapter_config_json,
     adapter_parameters,
@@ -559,3 +559,12 @@ def test_an_adapter_is_not_taken_for_a_base(config: Configs, bloom: Path, tmp_pa
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(ConfigError, match="it is an adapter"):
         load_base(config(model_name_or_path=str(tmp_path / "adapter")), CPU)
+
+
+def test_a_checksum_is_announced_where_it_takes_seconds_and_not_for_a_small_base() -> None:
+    with torch.device("meta"):
+        large = torch.nn.Linear(25_000, 10_001, bias=False)  # 1.00 GB in float32
+        small = torch.nn.Linear(25_000, 9_999, bias=False)
+    assert checksum_notice(large.requires_grad_(False)) == ["base   1.0 GB: taking its checksum"]
+    assert checksum_notice(small.requires_grad_(False)) == []
+    assert checksum_notice(large.requires_grad_(True)) == []  # what is trained is not in it
