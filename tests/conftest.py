@@ -41,6 +41,7 @@ QUOTES = Path(__file__).parent.parent / "loop" / "demo" / "quotes.jsonl"
 DEMO_MODEL = Path(__file__).parent.parent / "loop" / "demo" / "model"
 VOCABULARY = 384
 LONGEST = [
+    "test_gpu",
     "test_demo",
     "test_first_mistakes",
     "test_signals",
