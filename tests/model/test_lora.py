@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, Pr
 from loop.config.knobs import Config
 from loop.data.tokenizer import load_tokenizer
 from loop.errors import CheckpointError, ConfigError, HubError
+from loop.model import checksum
 from loop.model.base import base_config, load_base
 from loop.model.checksum import base_checksum, checksum_notice
 from loop.model.lora import (
@@ -388,6 +389,34 @@ def test_base_checksum_is_that_of_the_base_before_any_adapter_was_added(
     assert base_checksum(adapter) == plain
     disturb(adapter)
     assert base_checksum(adapter) == plain
+
+
+class OnGpu(Tensor):
+    """Says of itself that it is on a GPU, and so does every part of it."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64, 2**26])
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (8, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_a_tensor_of_a_gpu_is_hashed_in_pieces_to_the_same_line(
+    monkeypatch: pytest.MonkeyPatch, piece: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    tensor = torch.randint(0, 200, shape).to(dtype)
+    expected = checksum._checksum_line("weight", tensor)
+    empty, buffers = torch.empty, []
+
+    def pinned(size: int, *, dtype: torch.dtype, pin_memory: bool) -> Tensor:
+        assert pin_memory
+        buffers.append(size)
+        return empty(size, dtype=dtype)  # pinned memory needs a GPU
+
+    monkeypatch.setattr(checksum, "_PIECE", piece)
+    monkeypatch.setattr(torch, "empty", pinned)
+    line = checksum._checksum_line("weight", tensor.as_subclass(OnGpu))
+    assert line == expected
+    assert buffers == [min(piece, tensor.nbytes)]
 
 
 @given(data=st.data())

@@ -20,7 +20,7 @@ from loop.errors import (
     NonFiniteError,
 )
 from loop.process.command import run_command
-from loop.process.launch import make_accelerator
+from loop.process.launch import _check_gpus, make_accelerator
 from tests.conftest import flags
 from tests.processes import start
 
@@ -122,6 +122,7 @@ def test_bf16_of_the_launch_config_is_in_the_run_and_its_adapter_stays_float32(
     launched = start(flags(settings(max_steps=1)), tmp_path / "log", environment=bf16)
     assert launched.wait() == [0], launched.text()
     assert "precision bf16" in launched.text()
+    assert "dtype: float32 under bf16: a second copy of every weight" in launched.text()
     manifest = yaml.safe_load((tmp_path / "run" / "run.json").read_text())
     assert manifest["identity"]["mixed_precision"] == "bf16"
     assert {dtype for _, dtype in manifest["census"]["tensors"].values()} == {"float32"}
@@ -133,6 +134,81 @@ def test_a_refused_precision_is_refused_before_an_accelerator_is_made(
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     with pytest.raises(ConfigError, match="found fp8"):
         make_accelerator(config())
+
+
+# Cards, as `torch.cuda` tells of them
+
+
+@pytest.fixture
+def two_cards(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Two of compute capability 8.0 on a machine where torch has kernels from 7.5 on."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Card")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_90", "sm_75", "compute_120"])
+    return monkeypatch
+
+
+def refusal(config: Config, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of a command that got no accelerator for a wrong launch config."""
+    assert run_command(lambda: print(make_accelerator(config))) == 2
+    return capsys.readouterr().err
+
+
+def test_more_processes_than_gpus_are_refused_with_both_numbers(
+    config: Callable[..., Config], two_cards: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two_cards.setenv("LOCAL_WORLD_SIZE", "3")
+    said = "num_processes: 3 on a machine with 2 GPU; --num_processes 2 uses what is there"
+    assert refusal(config(), capsys) == f"error: {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernels", "needed"),
+    [
+        ((7, 0), ["sm_90", "sm_75", "compute_120"], "7.5"),
+        ((9, 0), ["sm_100", "compute_120"], "10.0"),
+    ],
+)
+def test_a_gpu_that_is_older_than_every_kernel_of_this_torch_is_refused(
+    config: Callable[..., Config],
+    two_cards: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    capability: tuple[int, int],
+    kernels: list[str],
+    needed: str,
+) -> None:
+    two_cards.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    two_cards.setattr(torch.cuda, "get_arch_list", lambda: kernels)
+    own = "{}.{}".format(*capability)
+    said = f"GPU: Card has compute capability {own}, this torch needs {needed}"
+    assert refusal(config(), capsys).startswith(f"error: {said}; install a torch")
+
+
+def test_cards_that_fit_are_not_refused(two_cards: pytest.MonkeyPatch) -> None:
+    two_cards.setenv("LOCAL_WORLD_SIZE", "2")
+    _check_gpus()
+    two_cards.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80"])
+    _check_gpus()
+
+
+def test_a_driver_that_is_too_old_is_named_where_the_launch_config_is_for_a_gpu(
+    config: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    why = "The NVIDIA driver on your system is too old (found version 11040)"
+
+    def init() -> None:
+        raise RuntimeError(f"{why}.\nPlease update your GPU driver.")
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    reason = "mixed_precision: bf16 is for a GPU and torch sees none"
+    assert refusal(config(), capsys) == f"error: {reason}; use launch_configs/cpu.yaml ({why})\n"
 
 
 # How a command ends

@@ -12,8 +12,9 @@ import psutil
 import pytest
 import torch
 
+from loop.errors import EnvironmentFault
 from loop.process.command import run_command
-from loop.process.memory import is_out_of_memory, peak_memory
+from loop.process.memory import in_memory, is_out_of_memory, peak_memory
 from tests.processes import SERVER
 
 CPU = torch.device("cpu")
@@ -56,6 +57,62 @@ def test_what_torch_raises_for_the_memory_of_a_gpu_means_too_little_memory() -> 
     assert is_out_of_memory(
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
     )
+
+
+NCCL = (
+    "NCCL error in: NCCLUtils.cpp:94, unhandled cuda error (run with NCCL_DEBUG=INFO for details)"
+)
+OTHER_WORDS: dict[str, Exception] = {
+    "a late error of CUDA": torch.AcceleratorError(
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"
+    ),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+    "cuDNN": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "cuDNN 9": RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    "NCCL": torch.distributed.DistBackendError(
+        f"{NCCL}\nLast error:\nCuda failure 2 'out of memory'"
+    ),
+}
+"""What CUDA's libraries raise for too little memory; none can be made to without a GPU."""
+
+
+@pytest.mark.parametrize("name", OTHER_WORDS)
+def test_memory_that_ends_in_other_words_is_5_and_one_line(
+    capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    def command() -> None:
+        raise OTHER_WORDS[name]
+
+    assert run_command(command) == 5
+    assert re.fullmatch(r"error: out of memory after a peak of .*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        torch.distributed.DistBackendError(f"{NCCL}\nLast error:\nCuda failure 700"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"),
+        ValueError("out of memory"),  # by no library of ours
+    ],
+    ids=lambda error: str(error)[:40],
+)
+def test_no_other_error_of_a_gpu_means_too_little_memory(error: Exception) -> None:
+    assert not is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("name", [*TOO_LARGE, *OTHER_WORDS])
+def test_what_does_not_fit_is_said_with_what_to_do(name: str) -> None:
+    hint = pytest.raises(EnvironmentFault, match=r"^out of memory: the base does not fit; buy one$")
+    with hint, in_memory("the base", "buy one"):
+        if name in OTHER_WORDS:
+            raise OTHER_WORDS[name]
+        TOO_LARGE[name]()
+
+
+def test_an_error_that_is_not_about_memory_goes_through_as_it_is() -> None:
+    with pytest.raises(RuntimeError, match="size"), in_memory("the base", "buy one"):
+        FAULTY["shapes"]()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -3,13 +3,19 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, MistralConfig
 
+from loop.config.knobs import Config
+from loop.errors import EnvironmentFault
+from loop.process.launch import make_accelerator
+from loop.run.prepare import Run, inexact, prepare_run
 from tests.conftest import VOCABULARY, flags
 from tests.processes import run, start
 
@@ -161,3 +167,62 @@ def test_a_base_that_cannot_do_without_padding_is_trained_padded_and_the_run_say
     assert identity["padding_free"] is False
     assert lines[0]["padded_tokens"] > lines[0]["tokens"]
     assert re.search(f"; padded rows: {words}", launched.text()), launched.text()
+
+
+# What a GPU asks of a run
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_memory_that_ends_while_loading_says_that_the_base_does_not_fit(
+    config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, bits: int
+) -> None:
+    def load_base(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr("loop.run.prepare.load_base", load_base)
+    used = config(load_in_4bit=bits == 4)
+    with pytest.raises(EnvironmentFault, match=f"^out of memory: the base in {bits} bits does not"):
+        prepare_run(used, make_accelerator(used))
+
+
+def leave_casts_to_autocast(run: Run) -> Run:
+    return _with_casts(run, [False])
+
+
+def leave_casts_to_peft(run: Run) -> Run:
+    return _with_casts(run, [True])
+
+
+def _with_casts(run: Run, expected: list[bool]) -> Run:
+    layers = [module for module in run.model.modules() if isinstance(module, LoraLayer)]
+    assert sorted({layer.cast_input_dtype_enabled for layer in layers}) == expected
+    return run
+
+
+@pytest.mark.parametrize(
+    ("precision", "check"), [("bf16", leave_casts_to_autocast), ("no", leave_casts_to_peft)]
+)
+def test_inputs_of_lora_are_left_to_autocast_where_there_is_one(
+    settings: Settings, tmp_path: Path, precision: str, check: Callable[[Run], Run]
+) -> None:
+    cpu = {"ACCELERATE_MIXED_PRECISION": precision, "ACCELERATE_USE_CPU": "true"}
+    launched = start(flags(settings(max_steps=1)), tmp_path / "log", environment=cpu, alter=check)
+    assert launched.wait() == [0], launched.text()
+    assert ("a second copy of every weight" in launched.text()) == (precision == "bf16")
+
+
+@pytest.mark.parametrize(
+    ("device", "full_determinism", "exact"),
+    [("cuda", False, False), ("cuda", True, True), ("cpu", False, True)],
+)
+def test_a_resume_on_a_gpu_is_announced_as_not_bit_exact_unless_full_determinism_makes_it_so(
+    config: Callable[..., Config], device: str, full_determinism: bool, exact: bool
+) -> None:
+    run: Any = SimpleNamespace(
+        accelerator=SimpleNamespace(device=torch.device(device)),
+        config=config(full_determinism=full_determinism),
+        environment={"device": device},
+    )
+    checkpoint: Any = SimpleNamespace(environment={"device": device})
+    said = ["a GPU's attention adds in no fixed order without full_determinism"]
+    assert inexact(run, checkpoint) == ([] if exact else said)
