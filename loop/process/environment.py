@@ -1,6 +1,7 @@
 """What a run's bits depend on beside its identity: versions, code, processes, threads, device."""
 
 import ast
+import functools
 import hashlib
 import platform
 import subprocess
@@ -34,6 +35,7 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def source_sha256() -> str:
     """Of every file of this package that training imports: path and content, in order of paths.
 
