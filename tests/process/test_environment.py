@@ -1,23 +1,14 @@
 """What a resume compares: the hash of the code that trains, and of no other."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import loop
+from loop.process.environment import source_sha256
 
 PACKAGE = Path(loop.__file__).parent
-
-
-def source_sha256(folder: Path) -> str:
-    code = "from loop.process.environment import source_sha256; print(source_sha256())"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
 
 
 @pytest.mark.parametrize(
@@ -34,10 +25,12 @@ def source_sha256(folder: Path) -> str:
     ],
 )
 def test_a_comment_in_what_trains_changes_the_hash_and_one_in_a_command_does_not(
-    tmp_path: Path, file: str, counts: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, counts: bool
 ) -> None:
-    shutil.copytree(PACKAGE, tmp_path / "loop", ignore=shutil.ignore_patterns("model.safetensors"))
-    before = source_sha256(tmp_path)
-    with (tmp_path / "loop" / file).open("a") as edited:
+    copy = shutil.copytree(PACKAGE, tmp_path / "loop", ignore=shutil.ignore_patterns("demo"))
+    monkeypatch.setattr("loop.process.environment._LOOP", copy)
+    of_now = source_sha256.__wrapped__  # not the one that is kept for the process
+    before = of_now()
+    with (copy / file).open("a") as edited:
         edited.write("# why\n")
-    assert (source_sha256(tmp_path) != before) is counts
+    assert (of_now() != before) is counts

@@ -665,16 +665,21 @@ def test_a_signal_to_the_launcher_ends_its_processes_in_a_checkpoint(
 
 
 STUCK = """
-import ctypes, sys
+import ctypes, sys, threading
+import loop.process.signals
 from loop.process.signals import Signals
+
+assert 2 <= loop.process.signals._GRACE < 30  # the launcher kills after 30
+loop.process.signals._GRACE = 1.0
 
 mutex = ctypes.create_string_buffer(64)
 with Signals() as signals:
     if sys.argv[1] == "deferred":
         signals.defer()
-    print("stuck", flush=True)
-    for _ in range(2):  # the second waits for ever, and no signal wakes it
-        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+    lock = ctypes.CDLL(None).pthread_mutex_lock
+    lock(mutex)
+    threading.Timer(1.0, print, ["stuck"], {"flush": True}).start()
+    lock(mutex)  # waits for ever, and no signal wakes it
 """
 
 
@@ -700,6 +705,6 @@ def test_from_step_0_on_it_is_left_to_finish_its_step() -> None:
     assert process.stdout.readline() == "stuck\n"
     process.send_signal(SIGTERM)
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(8)  # longer than the grace of 5 seconds
+        process.wait(3)  # longer than the grace, which is 1 second here
     process.kill()
     process.communicate()
