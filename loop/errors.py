@@ -1,5 +1,10 @@
 """How a run ends early: one exception per exit code, with a sentence for the user; never a bug."""
 
+import errno
+
+DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""A disk, a quota, or the size that a file may have."""
+
 
 class LoopError(Exception):
     """Its text says what is there, what was expected, and what to do."""

@@ -30,21 +30,13 @@ from loop.process.memory import forget_peak
 from loop.process.signals import Signals
 from loop.run.finish import Result, finish, keep_sample, stop
 from loop.run.heldout import heldout_loss
-from loop.run.prepare import (
-    Run,
-    compare_processes,
-    describe,
-    inexact,
-    prepare_run,
-    remarks,
-    run_facts,
-)
+from loop.run.prepare import Run, compare_processes, describe, prepare_run, remarks, run_facts
 from loop.run.progress import Record
 from loop.run.rehearsal import rehearse
 from loop.state.checkpoint import Checkpoint, prune_checkpoints, write_checkpoint
 from loop.state.files import lock_folder, replace_file
 from loop.state.ledger import LedgerPosition
-from loop.state.resume import find_checkpoint
+from loop.state.resume import find_checkpoint, inexact
 from loop.state.run_json import open_session
 from loop.update.optim import learning_rate, optimizer_tensors, restore_optimizer
 
@@ -187,7 +179,8 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
 def open_record(run: Run, checkpoint: Checkpoint | None, set_by: dict[str, str]) -> Record:
     """Describe the run, write `config.yaml` and a session into `run.json`, and open the ledger."""
     first_step = checkpoint.step if checkpoint else 0
-    changes = inexact(run, checkpoint) if checkpoint else []
+    fixed, device = run.config.full_determinism, run.accelerator.device.type
+    changes = inexact(checkpoint, run.environment, device, fixed) if checkpoint else []
     resumed = [f"resume from step {first_step}, {run.folder / 'checkpoints'}"] if checkpoint else []
     print("\n".join([*describe(run), *resumed]), flush=True)
     for change in changes:

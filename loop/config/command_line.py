@@ -42,17 +42,16 @@ def parse_command_line(argv: list[str], num_processes: int = 1) -> CommandLine:
             values[name], set_by[name] = given[name], setter
     names = [*FIELDS, "config", "print_config", "debug"]
     errors += answer_unknown_keys(foreign, num_processes, names)
-    try:
-        config = Config(**values)
-    except ValidationError as error:
-        by_knob = itertools.groupby(error.errors(), key=lambda detail: detail["loc"][:1])
-        errors += [_explain(list(details), set_by) for _, details in by_knob]
-    if not values:  # one line in the place of one for each knob that must be given
-        required = [f"--{name}" for name, field in FIELDS.items() if field.is_required()]
-        errors = errors[: -len(required)]
-        if not any("write --config" in error for error in errors):
-            hint = f"give --config demo, another recipe or YAML file, or {', '.join(required)}"
-            errors.append(f"nothing says what to train: {hint}")
+    if values:
+        try:
+            config = Config(**values)
+        except ValidationError as error:
+            by_knob = itertools.groupby(error.errors(), key=lambda detail: detail["loc"][:1])
+            errors += [_explain(list(details), set_by) for _, details in by_knob]
+    elif not any("write --config" in error for error in errors):
+        required = ", ".join(f"--{name}" for name, field in FIELDS.items() if field.is_required())
+        hint = f"give --config demo, another recipe or YAML file, or {required}"
+        errors.append(f"nothing says what to train: {hint}")
     if errors:
         raise ConfigError("\n".join(errors))
     return CommandLine(config, set_by, options.print_config)
@@ -73,10 +72,12 @@ def find_recipe(name: str) -> Path:
     """A path as given, else the packaged recipe of that name.
 
     Raises: ConfigError that lists those there are."""
-    recipes = _recipes()
-    if Path(name).is_file() or name in recipes:
-        return Path(name) if Path(name).is_file() else recipes[name]
-    if Path(name).is_dir():
+    path, recipes = Path(name), _recipes()
+    if path.is_file():
+        return path
+    if name in recipes:
+        return recipes[name]
+    if path.is_dir():
         raise ConfigError(f"--config: {name} is a folder; name a YAML file in it")
     known = ", ".join(recipes)
     raise ConfigError(f"--config: no file and no recipe is named {name!r}; the recipes are {known}")

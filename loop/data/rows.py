@@ -2,7 +2,6 @@
 
 import codecs
 import difflib
-import errno
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,7 +11,7 @@ import datasets
 from datasets import Dataset, load_dataset_builder
 
 from loop.config.knobs import Config
-from loop.errors import DataError, EnvironmentFault, HubError
+from loop.errors import DISK_IS_FULL, DataError, EnvironmentFault, HubError
 
 FILE_FORMATS = {
     ".json": "json",
@@ -70,7 +69,7 @@ def load_rows(config: Config, split: str) -> tuple[Dataset, str | None]:
         raise DataError(f"dataset_name: {name}: holds no rows") from error
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
         cause = error.__cause__ or error
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        if isinstance(cause, OSError) and cause.errno in DISK_IS_FULL:
             hint = "free some space, or set HF_HOME to a folder on another disk"
             raise EnvironmentFault(f"the cache of datasets: {cause.strerror}; {hint}") from error
         reason = first_line(cause)

@@ -16,9 +16,8 @@ from loop.data.batch import Batch, Grid
 ROWS = "rows"
 """The name under which transformers finds `rows_attention`, as it finds "sdpa" or "eager"."""
 _VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
-_GROUPED = (
-    {"enable_gqa": True} if "enable_gqa" in _VARLEN_OPTIONS else {}
-)  # torch 2.11 needs no telling
+# torch 2.11 takes fewer heads of keys without being told.
+_GROUPED = {"enable_gqa": True} if "enable_gqa" in _VARLEN_OPTIONS else {}
 _ALIBI_COLUMNS = 8
 """The kernel's head sizes are multiples of 8; six are used: three parts of a slope by two of a
 position."""
@@ -133,10 +132,8 @@ def rows_attention(
     if options.get("s_aux") is not None or (window is not None and window < batch.longest):
         raise ValueError("attention sinks, or a window narrower than a row")
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    dtype = attention_dtype(query)
-    if _is_plain(module, options) and can_pack(
-        query.device, dtype, {t.shape[-1] for t in (q, k, v)}
-    ):
+    dtype, head_sizes = attention_dtype(query), {tensor.shape[-1] for tensor in (q, k, v)}
+    if _is_plain(module, options) and can_pack(query.device, dtype, head_sizes):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         scale = options.get("scaling")
         return packed_attention(q, k, v, batch.starts, batch.longest, scale)[None], None

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple, NoReturn
 
 from loop.config.command_line import parse_command_line
 from loop.config.flags import generate_flags, merge_flags, publish_flags
-from loop.errors import LoopError, Stopped
+from loop.errors import DISK_IS_FULL, LoopError, Stopped
 
 _PEER_ENDED = "another process ended; its own message says why"
 _ELASTIC_ERRORS = "torch.distributed.elastic.multiprocessing.errors"
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+_DISK = DISK_IS_FULL | {errno.EIO, errno.EROFS}
 
 
 def launched_processes() -> int:

@@ -36,6 +36,7 @@ class Signals:
         self._deferred = False
         self._left = threading.Event()
         self._previous: dict[int, Any] = {}
+        self._watcher: threading.Thread | None = None
         # accelerate launch always sets this variable, and nobody else does.
         self._launcher = os.getppid() if "ACCELERATE_DYNAMO_BACKEND" in os.environ else None
 
@@ -54,9 +55,9 @@ class Signals:
 
     def __exit__(self, *_: object) -> None:
         self._left.set()
-        if self._previous:
-            for number, handler in self._previous.items():
-                signal.signal(number, handler)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        if self._watcher is not None:
             signal.set_wakeup_fd(self._wakeup)
             os.close(self._writer)  # the end of what the watcher reads
             self._watcher.join()

@@ -32,7 +32,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from loop.errors import EnvironmentFault, HubError, LoopError
+from loop.errors import DISK_IS_FULL, EnvironmentFault, HubError, LoopError
 
 Answer = TypeVar("Answer")
 WAITS = (1.0, 2.0, 4.0)
@@ -42,7 +42,7 @@ LONGEST_WAIT = 300.0
 TIMEOUT = 60.0
 """Seconds without a byte, in either direction. The client's own default is to wait for ever."""
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES)
+_DISK = DISK_IS_FULL | {errno.EACCES}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 

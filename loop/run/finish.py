@@ -4,8 +4,7 @@ import signal
 from dataclasses import asdict, dataclass
 
 from loop.errors import LoopError, Stopped
-from loop.model.checksum import base_checksum, checksum_notice
-from loop.run.prepare import Run
+from loop.run.prepare import Run, announced_checksum
 from loop.run.sample import sample
 from loop.state.checkpoint import Checkpoint, read_checkpoint
 from loop.state.files import commit_folder, sha256
@@ -29,9 +28,7 @@ def finish(run: Run) -> Result:
     """End a run of which every step is done. Done a second time it changes no byte.
 
     Raises: LoopError if the base has moved; CheckpointError if no last checkpoint verifies."""
-    for notice in checksum_notice(run.model):
-        run.accelerator.print(f"{notice} again", flush=True)
-    if base_checksum(run.model) != run.identity["base_checksum"]:
+    if announced_checksum(run.accelerator, run.model, " again") != run.identity["base_checksum"]:
         raise LoopError("the frozen base changed during training; do not use this adapter")
     checkpoint, result = _read_result(run, run.num_steps)
     if run.accelerator.is_main_process:
@@ -69,10 +66,11 @@ def stop(run: Run, step: int, number: int) -> Result:
 def keep_sample(run: Run, of: str) -> None:
     """Continue `sample_prompt` and keep the text in `run.json` under `of`: base or adapter."""
     if run.accelerator.is_main_process and run.config.sample_prompt is not None:
-        manifest = read_run_json(run.folder / "run.json")
+        path = run.folder / "run.json"
+        before = read_run_json(path)
         text = sample(run.accelerator, run.model, run.tokenizer, run.config.sample_prompt)
-        samples = {**manifest.get("samples", {}), of: text}
-        write_run_json(run.folder / "run.json", {**manifest, "samples": samples})
+        samples = {**before.get("samples", {}), of: text}
+        write_run_json(path, {**before, "samples": samples})
 
 
 def _read_result(run: Run, step: int) -> tuple[Checkpoint, Result]:

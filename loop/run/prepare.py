@@ -34,8 +34,8 @@ from loop.model.lora import (
 from loop.model.loss import SummedLoss, check_head
 from loop.process.environment import environment
 from loop.process.memory import in_memory
-from loop.state.checkpoint import Checkpoint, serialize
-from loop.state.files import canonical_json, differences, prepare_folder, sha256
+from loop.state.checkpoint import serialize
+from loop.state.files import canonical_json, prepare_folder, sha256
 from loop.update.loss_scale import START, LossScale
 from loop.update.optim import adamw, warmup
 
@@ -263,14 +263,6 @@ def remarks(run: Run) -> list[str]:
     return lines
 
 
-def inexact(run: Run, checkpoint: Checkpoint) -> list[str]:
-    """What makes going on from this checkpoint not bit-exact; nothing if it is."""
-    lines = differences(checkpoint.environment, run.environment)
-    if run.accelerator.device.type == "cuda" and not run.config.full_determinism:
-        lines.append("a GPU's attention adds in no fixed order without full_determinism")
-    return lines
-
-
 def describe(run: Run) -> list[str]:
     """The run in four lines, for a person."""
     config, counts, accelerator = run.config, run.data.counts, run.accelerator
@@ -313,11 +305,9 @@ def _identity(
 ) -> dict[str, Any]:
     """What files and models hold, not their names: a moved folder is still the same run."""
     trained = census(model)
-    for notice in checksum_notice(model):
-        accelerator.print(notice, flush=True)
     return {
         **config.knobs("identity"),
-        "base_checksum": base_checksum(model),
+        "base_checksum": announced_checksum(accelerator, model),
         "base_config_sha256": sha256(canonical_json(base_config(config))),
         "base_dtypes": trained["base_dtypes"],
         "data_fingerprint": data.fingerprint,
@@ -327,6 +317,13 @@ def _identity(
         "own_logits": loss.own_logits,
         "padding_free": loss.padding_free,
     }
+
+
+def announced_checksum(accelerator: Accelerator, model: PeftModel, when: str = "") -> str:
+    """`base_checksum`, said beforehand where it takes seconds, which would look like a hang."""
+    for notice in checksum_notice(model):
+        accelerator.print(f"{notice}{when}", flush=True)
+    return base_checksum(model)
 
 
 def compare_processes(accelerator: Accelerator, facts: dict[str, Any]) -> None:

@@ -50,6 +50,19 @@ def find_checkpoint(
     return None, []
 
 
+def inexact(
+    checkpoint: Checkpoint, environment: dict[str, Any], device: str, full_determinism: bool
+) -> list[str]:
+    """What makes going on from a checkpoint not bit-exact; nothing if it is.
+
+    `environment` is what the bits depend on now. Rows, dropout and learning rate are functions of
+    the step, so nothing else can differ."""
+    lines = differences(checkpoint.environment, environment)
+    if device == "cuda" and not full_determinism:
+        lines.append("a GPU's attention adds in no fixed order without full_determinism")
+    return lines
+
+
 def _read(path: Path, folder: Path, identity: dict[str, Any]) -> Checkpoint:
     checkpoint = read_checkpoint(path)
     changed = differences(checkpoint.identity, identity)

@@ -71,21 +71,25 @@ def folder(request: pytest.FixtureRequest) -> Path:
     return path
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 256])
-def test_the_loss_and_its_gradients_are_transformers_own_in_any_number_of_chunks(
-    folder: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop.model.loss, "CHUNK_TARGETS", chunk)
-    model, batch = load(folder), batch_of(LENGTHS)
+def assert_transformers_own(model: PreTrainedModel) -> None:
+    """Loss and gradients of a model are those of transformers' own loss."""
+    batch = batch_of(LENGTHS)
     ours, theirs = SummedLoss(model, model)(batch), transformers_loss(model, batch)
     assert ours.dtype == torch.float32
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
     found, expected = gradients(model, ours), gradients(model, theirs)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert torch.linalg.vector_norm(found[name] - gradient) <= 2e-5 * torch.linalg.vector_norm(
-            gradient
-        ), name
+        difference = torch.linalg.vector_norm(found[name] - gradient)
+        assert difference <= 2e-5 * torch.linalg.vector_norm(gradient), name
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 256])
+def test_the_loss_and_its_gradients_are_transformers_own_in_any_number_of_chunks(
+    folder: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop.model.loss, "CHUNK_TARGETS", chunk)
+    assert_transformers_own(load(folder))
 
 
 @pytest.mark.parametrize("block", [1, 100, 384, 4096])
@@ -94,16 +98,7 @@ def test_the_fused_loss_and_its_gradients_are_transformers_own_in_blocks_of_any_
 ) -> None:
     monkeypatch.setattr(loop.model.loss, "VOCABULARY_BLOCK", block)
     monkeypatch.setattr(loop.model.loss, "_nll", None)  # not by the other way
-    model, batch = freeze_head(load(folder)), batch_of(LENGTHS)
-    ours, theirs = SummedLoss(model, model)(batch), transformers_loss(model, batch)
-    assert ours.dtype == torch.float32
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
-    found, expected = gradients(model, ours), gradients(model, theirs)
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert torch.linalg.vector_norm(found[name] - gradient) <= 2e-5 * torch.linalg.vector_norm(
-            gradient
-        ), name
+    assert_transformers_own(freeze_head(load(folder)))
 
 
 def head_of(dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -3,7 +3,6 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, Mistra
 from loop.config.knobs import Config
 from loop.errors import EnvironmentFault
 from loop.process.launch import make_accelerator
-from loop.run.prepare import Run, inexact, prepare_run
+from loop.run.prepare import Run, prepare_run
 from tests.conftest import VOCABULARY, flags
 from tests.processes import run, start
 
@@ -209,20 +208,3 @@ def test_inputs_of_lora_are_left_to_autocast_where_there_is_one(
     launched = start(flags(settings(max_steps=1)), tmp_path / "log", environment=cpu, alter=check)
     assert launched.wait() == [0], launched.text()
     assert ("a second copy of every weight" in launched.text()) == (precision == "bf16")
-
-
-@pytest.mark.parametrize(
-    ("device", "full_determinism", "exact"),
-    [("cuda", False, False), ("cuda", True, True), ("cpu", False, True)],
-)
-def test_a_resume_on_a_gpu_is_announced_as_not_bit_exact_unless_full_determinism_makes_it_so(
-    config: Callable[..., Config], device: str, full_determinism: bool, exact: bool
-) -> None:
-    run: Any = SimpleNamespace(
-        accelerator=SimpleNamespace(device=torch.device(device)),
-        config=config(full_determinism=full_determinism),
-        environment={"device": device},
-    )
-    checkpoint: Any = SimpleNamespace(environment={"device": device})
-    said = ["a GPU's attention adds in no fixed order without full_determinism"]
-    assert inexact(run, checkpoint) == ([] if exact else said)

@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+from loop.state.checkpoint import Checkpoint
+from loop.state.ledger import LedgerPosition
+from loop.state.resume import inexact
 from tests.conftest import flags
 from tests.processes import start
 from tests.state.test_checkpoint import rebuild_manifest
@@ -447,3 +450,16 @@ def test_none_is_refused_where_a_run_lies_and_starts_one_elsewhere(
     code, text = again(tmp_path / "new", resume_from_checkpoint="none")
     assert code == 0, text
     assert outcome(tmp_path / "new") == outcome(runs / "straight")
+
+
+@pytest.mark.parametrize(
+    ("device", "full_determinism", "exact"),
+    [("cuda", False, False), ("cuda", True, True), ("cpu", False, True)],
+)
+def test_a_resume_on_a_gpu_is_announced_as_not_bit_exact_unless_full_determinism_makes_it_so(
+    device: str, full_determinism: bool, exact: bool
+) -> None:
+    place = {"device": device}
+    checkpoint = Checkpoint(1, {}, LedgerPosition(0, 0, ""), b"", {}, {}, place)
+    said = ["a GPU's attention adds in no fixed order without full_determinism"]
+    assert inexact(checkpoint, place, device, full_determinism) == ([] if exact else said)
